@@ -1,0 +1,58 @@
+"""Stable Diffusion inpainting from scratch in plain PyTorch.
+
+    import minpaint
+    painter = minpaint.load("sd15")
+    paintings = painter(image, mask, "two dogs on a bench")
+
+Nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from minpaint.errors import BudgetError, CheckpointError, InputError, MinpaintError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from minpaint.inpaint import Painter
+
+__version__ = "0.1.0"
+__all__ = ["BudgetError", "CheckpointError", "InputError", "MinpaintError", "load"]
+
+
+def load(
+    model: str | Path = "tiny",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    budget: str | int | None = None,
+    config: str | Path | None = None,
+) -> Painter:
+    """Load a checkpoint and return the Painter that runs it.
+
+    Args:
+        model: a name of the catalogue ("sd15", "sd2"), a hub id ("owner/name[@revision]"), a
+            folder in diffusers layout, or one safetensors file in latent diffusion's names.
+        device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
+        dtype: "auto", "fp32", "bf16", "fp16" or a torch dtype, for the networks; latents and
+            the sampler's arithmetic stay float32.
+        budget: memory the run may take, like "15GiB" (the default) or a number of bytes.
+        config: a folder in diffusers layout whose configurations and tokenizer describe a
+            single file; without it the architecture is told from the tensors' shapes.
+
+    Raises:
+        InputError: an argument that cannot be used. CheckpointError: weights or configurations
+            that are missing, damaged or not supported. BudgetError: the weights alone exceed
+            the budget.
+    """
+    from minpaint.checkpoint import load_checkpoint
+    from minpaint.inpaint import Painter
+    from minpaint.memory import choose_device, choose_dtype, parse_budget
+
+    place = choose_device(device)
+    number_format = choose_dtype(dtype, place)
+    checkpoint = load_checkpoint(model, place, number_format, parse_budget(budget), config)
+    return Painter(checkpoint, place, number_format)

@@ -1,0 +1,246 @@
+"""The command line: `python -m minpaint`. The only file that prints.
+
+Messages and progress go to stderr; stdout carries the JSON object of --json and nothing else.
+Exit codes: 0 done; 2 bad usage or bad input; 3 the budget cannot hold; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from minpaint import __version__
+from minpaint.errors import BudgetError, CheckpointError, InputError, MinpaintWarning
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from minpaint.inpaint import Painting
+    from minpaint.samplers import Step
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+HOW_TO_START = """\
+minpaint repaints the white part of a mask from a prompt:
+
+  python -m minpaint paint --model sd15 --image photo.png --mask mask.png \\
+      --prompt "two dogs on a bench" -o out.png
+
+--model sd15 fetches Stable Diffusion 1.5 inpainting (2.1 GB) from the Hugging Face hub once;
+a folder in diffusers layout or a .safetensors file works offline. All options:
+python -m minpaint paint --help"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m minpaint", description="Stable Diffusion inpainting.")
+    parser.add_argument("--version", action="version", version=f"minpaint {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+    paint = verbs.add_parser(
+        "paint",
+        help="repaint the white part of a mask from a prompt",
+        description="Repaint the white part of a mask from a prompt.",
+    )
+    add = paint.add_argument
+    add("--image", required=True, metavar="FILE", help="the picture")
+    add("--mask", required=True, metavar="FILE", help="white where to repaint")
+    add("--prompt", required=True, metavar="TEXT", help="what to paint")
+    add("-o", "--output", required=True, metavar="FILE", help=f"{', '.join(FORMATS)}; {{seed}} stands for the seed")
+    add("--model", default=None, metavar="MODEL", help="tiny, sd15, sd2, owner/name[@revision] of the hub, a folder or a .safetensors file (default: tiny)")
+    add("--config", default=None, metavar="FOLDER", help="configuration and tokenizer of a single-file model, in diffusers layout")
+    add("--negative-prompt", default="", metavar="TEXT", help="what to stay away from")
+    add("--steps", type=int, default=50, help="sampler steps (default: 50)")
+    add("--guidance", type=float, default=7.5, help="weight of the prompt; 1 or less turns guidance off (default: 7.5)")
+    add("--strength", type=float, default=1.0, help="how much noise the hole starts from, over 0 up to 1 (default: 1)")
+    add("--sampler", default=None, choices=("ddim", "pndm", "dpmpp"), help="default: what the checkpoint names")
+    add("--eta", type=float, default=0.0, help="randomness of ddim, 0 to 1 (default: 0)")
+    add("--seed", type=int, default=0, help="one seed gives one picture (default: 0)")
+    add("--count", type=int, default=1, help="pictures to paint, with seeds from --seed up (default: 1)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="number format of the networks (default: auto)")
+    add("--budget", default=None, metavar="SIZE", help="memory the run may take (default: 15GiB)")
+    add("--profile", default="minpaint", choices=("minpaint", "diffusers"), help="diffusers: exactly what its pipeline gives (default: minpaint)")
+    add("--json", action="store_true", help="print one JSON object on stdout")
+    add("--quiet", action="store_true", help="no progress and no messages but errors")
+    add("--overwrite", action="store_true", help="replace outputs that exist")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    try:
+        options = _parser().parse_args(arguments)
+        if options.verb is None:
+            _say(HOW_TO_START)
+        else:
+            _paint(options)
+    except BudgetError as error:
+        return _fail(error, 3)
+    except (InputError, CheckpointError) as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        return _fail("stopped; nothing half-written is left", 1)
+    except Exception as error:
+        return _fail(str(error) or type(error).__name__, 1)
+    return 0
+
+
+def _fail(error: object, code: int) -> int:
+    _say(f"minpaint: error: {' '.join(str(error).split())}")
+    return code
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _paint(options: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    note = (lambda line: None) if options.quiet else (lambda line: _say(f"minpaint: {line}"))
+    targets = _targets(options.output, options.seed, options.count, options.overwrite)
+    if options.model is None:
+        note("no --model given: using tiny, the bundled toy model")
+
+    # the libraries' own chatter stays off the terminal; warnings come as one line each
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", MinpaintWarning)
+    warnings.showwarning = lambda message, *_: note(f"note: {' '.join(str(message).split())}")
+
+    from minpaint import load
+    from minpaint.image import open_image
+    from minpaint.mask import check_shape
+
+    # everything that is cheap to find out comes before the weights
+    image, mask = open_image(options.image, "image"), open_image(options.mask, "mask")
+    check_shape(image, mask)
+    painter = load(options.model or "tiny", options.device, options.dtype, options.budget, options.config)
+    note(f"{painter.name} on {painter.device}, {str(painter.dtype).removeprefix('torch.')}")
+
+    with _Progress(options.quiet) as progress:
+        paintings = painter(
+            image,
+            mask,
+            options.prompt,
+            negative_prompt=options.negative_prompt,
+            steps=options.steps,
+            guidance=options.guidance,
+            strength=options.strength,
+            sampler=options.sampler,
+            eta=options.eta,
+            seed=options.seed,
+            count=options.count,
+            profile=options.profile,
+            on_step=progress,
+        )
+    for painting, target in zip(paintings, targets, strict=True):
+        _save(painting.image, target)
+    seconds = time.perf_counter() - started
+    for painting, target in zip(paintings, targets, strict=True):
+        note(f"wrote {target} (seed {painting.seed}, {painting.steps} network calls)")
+    note(f"done in {seconds:.1f} s")
+    if options.json:
+        print(json.dumps(_report(options, painter, paintings, targets, seconds)))
+
+
+def _report(
+    options: argparse.Namespace, painter: Any, paintings: list[Painting], targets: list[Path], seconds: float
+) -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "model": painter.name,
+        "device": str(painter.device),
+        "dtype": str(painter.dtype).removeprefix("torch."),
+        "prompt": options.prompt,
+        "negative_prompt": options.negative_prompt,
+        "sampler": options.sampler or painter.scheduler_config.sampler,
+        "steps": options.steps,
+        "steps_run": paintings[0].steps,
+        "guidance": options.guidance,
+        "strength": options.strength,
+        "eta": options.eta,
+        "profile": options.profile,
+        "seconds": round(seconds, 3),
+        "outputs": [
+            {"path": str(target), "seed": painting.seed, "width": painting.image.width, "height": painting.image.height}
+            for painting, target in zip(paintings, targets, strict=True)
+        ],
+    }
+
+
+class _Progress:
+    """A bar on stderr, one tick a network call; silent when nobody watches."""
+
+    def __init__(self, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(unit="step", disable=quiet or not sys.stderr.isatty(), leave=False)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __call__(self, step: Step) -> None:
+        self.bar.set_postfix_str(f"t={step.t}", refresh=False)
+        self.bar.update()
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+def _targets(pattern: str, seed: int, count: int, overwrite: bool) -> list[Path]:
+    """The files to write, all of them known to be writable; InputError if one is not."""
+    if count < 1:
+        raise InputError(f"--count must be a whole number from 1 up, not {count}")
+    if count > 1 and "{seed}" not in pattern:
+        plain = Path(pattern)
+        pattern = str(plain.with_name(f"{plain.stem}-{{seed}}{plain.suffix}"))
+    targets = [Path(pattern.replace("{seed}", str(seed + k))) for k in range(count)]
+    for target in targets:
+        if target.suffix.lower() not in FORMATS:
+            raise InputError(f"output {target}: unknown kind of file; use {', '.join(FORMATS)}")
+        if target.is_dir():
+            raise InputError(f"output {target} is a folder; name a file in it")
+        if target.exists() and not overwrite:
+            raise InputError(f"output {target} exists; add --overwrite to replace it")
+        if not target.parent.is_dir():
+            raise InputError(f"output {target}: the folder {target.parent} does not exist; create it first")
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise InputError(f"output {target}: the folder {target.parent} is not writable")
+    return targets
+
+
+def _save(image: Image.Image, target: Path) -> None:
+    """Write beside the target and rename, so that a killed run leaves no half picture."""
+    kind = FORMATS[target.suffix.lower()]
+    if kind == "JPEG" and image.mode in ("RGBA", "LA"):
+        image = image.convert("RGB")  # JPEG has no transparency
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, kind, **({"quality": 95} if kind in ("JPEG", "WEBP") else {}))
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+if __name__ == "__main__":
+    sys.exit(main())

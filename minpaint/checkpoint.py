@@ -1,0 +1,307 @@
+"""Checkpoints to models: a catalogue name, a hub id, a folder in diffusers layout or one file.
+
+Two steps: `describe` reads configurations and headers only and settles which tensor goes
+where, both ways; `build` makes the models on the meta device and puts the mapped tensors in.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minpaint import hub, ldm
+from minpaint.config import (
+    Json,
+    SchedulerConfig,
+    UNetConfig,
+    VAEConfig,
+    read_json,
+    scheduler_config,
+    unet_config,
+    vae_config,
+)
+from minpaint.errors import CheckpointError, InputError, MinpaintWarning, ModelNotFoundError
+from minpaint.memory import check_budget, move
+from minpaint.tensorfile import (
+    FLOATS,
+    Directory,
+    Stored,
+    assign,
+    read_directory,
+    read_shards,
+    read_tensors,
+    refuse_disguise,
+    some,
+)
+from minpaint.text import build_text_encoder, load_tokenizer
+from minpaint.unet import UNet
+from minpaint.vae import VAE
+
+HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+# diffusers/models/autoencoders/autoencoder_kl.py: attention names before version 0.12
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass(frozen=True)
+class Description:
+    """Everything about a checkpoint but its weights; directories are by the models' own names."""
+
+    name: str
+    unet_config: UNetConfig
+    vae_config: VAEConfig
+    text_config: Json
+    scheduler_config: SchedulerConfig
+    unet: Directory
+    vae: Directory
+    text_encoder: Directory
+    tokenizer: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The models, ready to run."""
+
+    name: str
+    unet_config: UNetConfig
+    vae_config: VAEConfig
+    scheduler_config: SchedulerConfig
+    unet: UNet
+    vae: VAE
+    text_encoder: nn.Module
+    tokenizer: Any
+
+
+def load_checkpoint(
+    model: str | Path, device: torch.device, dtype: torch.dtype, budget: int, config: str | Path | None = None
+) -> Checkpoint:
+    """Describe a checkpoint, check that the budget can hold it, and build its models."""
+    description = describe(model, dtype == torch.float16, config)
+    directories = (description.unet, description.vae, description.text_encoder)
+    check_budget(sum(_count(stored) for part in directories for stored in part.values()), dtype, budget)
+    return build(description, device, dtype)
+
+
+def describe(model: str | Path, half: bool = False, config: str | Path | None = None) -> Description:
+    """Find a checkpoint and read its configurations and headers.
+
+    `half`: prefer a file in half precision where there are both.
+
+    Raises:
+        InputError: an unknown model. CheckpointError: anything wrong with what was found.
+    """
+    if not isinstance(model, (str, Path)) or not str(model):
+        raise InputError(f"model {model!r} is not a name, a hub id, a folder or a file")
+    path = Path(model).expanduser()
+    known = hub.catalogue()
+    match = HUB_ID.fullmatch(str(model))
+    if str(model) in known:
+        entry = known[str(model)]
+        return _describe_folder(hub.fetch(entry.repository, entry.revision, half, entry), str(model), half)
+    if path.is_dir():
+        return _describe_folder(path, str(model), half)
+    if path.exists():
+        return _describe_file(path, str(model), config)
+    if match and not path.suffix and not str(model).startswith((".", "~", "/")):
+        return _describe_folder(hub.fetch(match["repository"], match["revision"], half), str(model), half)
+    if str(model) == "tiny":
+        raise ModelNotFoundError("model tiny: this version brings no weights yet; use --model sd15, sd2 or a folder")
+    raise ModelNotFoundError(
+        f"model {str(model)!r} is unknown: no such file or folder; "
+        f"use {', '.join(known)}, owner/name of the hub, a folder or a .safetensors file"
+    )
+
+
+def build(description: Description, device: torch.device, dtype: torch.dtype) -> Checkpoint:
+    """Make the models and fill them; CheckpointError if a tensor is not finite."""
+    with torch.device("meta"):
+        unet, vae = UNet(description.unet_config), VAE(description.vae_config)
+        text_encoder = build_text_encoder(description.text_config)
+    _fill(unet, description.unet, "unet", device, dtype)
+    _fill(vae, description.vae, "vae", device, dtype)
+    _fill(text_encoder, description.text_encoder, "text_encoder", device, dtype)
+    return Checkpoint(
+        name=description.name,
+        unet_config=description.unet_config,
+        vae_config=description.vae_config,
+        scheduler_config=description.scheduler_config,
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=description.tokenizer(),
+    )
+
+
+def _describe_folder(folder: Path, name: str, half: bool) -> Description:
+    configs = _read_configs(folder)
+    names = hub.file_names(folder)
+    parts = {component: _open_component(folder, component, names, half) for component in hub.COMPONENTS}
+    tokenizer = folder / "tokenizer"
+    return _match(name, configs, parts, lambda: load_tokenizer(tokenizer))
+
+
+def _describe_file(path: Path, name: str, config: str | Path | None) -> Description:
+    if path.suffix != ".safetensors":
+        with path.open("rb") as file:
+            refuse_disguise(path, file.read(64))
+        raise CheckpointError(f"{path}: not a .safetensors file, the only kind of weights that is opened")
+    directory = read_directory(path)
+    if not ldm.is_single_file(directory):
+        raise CheckpointError(
+            f"{path}: not a whole checkpoint in latent diffusion's names (no {ldm.UNET}*); "
+            f"for a part of one in diffusers layout give the folder"
+        )
+    if config is not None:
+        folder = Path(config).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"config {folder}: no such folder")
+        configs = _read_configs(folder)
+    else:
+        told = ldm.tell_configuration(directory, path)
+        if not told.sure_of_prediction:
+            warnings.warn(
+                f"{path.name}: nothing in the file tells epsilon from v-prediction; epsilon is assumed "
+                f"(a 768-v model needs --config)",
+                MinpaintWarning, stacklevel=2,
+            )
+        configs = _parse_configs(told.unet, told.vae, told.text_encoder, told.scheduler)
+    parts = ldm.split(directory, configs.unet, configs.vae, path)
+    pad = "!" if parts.open_clip else None  # OpenCLIP pads with zeros, and 0 is "!"
+    places = [Path(config).expanduser() / "tokenizer"] if config is not None else []
+    places += [path.parent / "tokenizer", path.parent]
+
+    def tokenizer() -> Any:
+        found = [place for place in places if (place / "vocab.json").is_file()]
+        return load_tokenizer(found[0] if found else hub.fetch_tokenizer(), pad)
+
+    directories = {"unet": parts.unet, "vae": parts.vae, "text_encoder": parts.text_encoder}
+    return _match(name, configs, directories, tokenizer)
+
+
+@dataclass(frozen=True)
+class _Configs:
+    unet: UNetConfig
+    vae: VAEConfig
+    text: Json
+    scheduler: SchedulerConfig
+
+
+def _read_configs(folder: Path) -> _Configs:
+    return _parse_configs(*(read_json(folder / file, file) for file in hub.CONFIGS))
+
+
+def _parse_configs(unet: Json, vae: Json, text: Json, scheduler: Json) -> _Configs:
+    return _Configs(unet_config(unet), vae_config(vae), text, scheduler_config(scheduler))
+
+
+def _open_component(folder: Path, component: str, names: set[str], half: bool) -> Directory:
+    """The directory of one component's weights, whichever files hold them."""
+    name = hub.choose_weights(names, component, half)
+    if name is None:
+        inside = sorted(n for n in names if n.startswith(f"{component}/") and not n.endswith(".json"))
+        pickles = [Path(n).name for n in inside if n.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+        there = f"only pickles, which are never opened: {', '.join(pickles)}" if pickles else "none found"
+        raise CheckpointError(f"{folder / component}: safetensors weights are missing ({there})")
+    path = folder / name
+    return read_shards(path, read_json(path, name)) if path.suffix == ".json" else read_directory(path)
+
+
+def _match(name: str, configs: _Configs, parts: dict[str, Directory], tokenizer: Callable[[], Any]) -> Description:
+    """Rename what needs it and hold every tensor against the models, both ways."""
+    with torch.device("meta"):
+        models = {"unet": UNet(configs.unet), "vae": VAE(configs.vae), "text_encoder": build_text_encoder(configs.text)}
+    if configs.unet.context_dim != configs.text.get("hidden_size"):
+        raise CheckpointError(
+            f"unet/config.json: cross_attention_dim {configs.unet.context_dim} does not fit the text encoder's "
+            f"hidden_size {configs.text.get('hidden_size')}"
+        )
+    renames = {"unet": str, "vae": _new_vae_name, "text_encoder": _plain_text_name}
+    matched = {}
+    for component, model in models.items():
+        rename = renames[component]
+        stored = {rename(key): entry for key, entry in parts[component].items() if not _is_counter(key)}
+        wanted = {rename(key): key for key in model.state_dict() if not _is_counter(key)}
+        matched[component] = _hold_against(component, stored, wanted, model.state_dict())
+    return Description(
+        name=name,
+        unet_config=configs.unet,
+        vae_config=configs.vae,
+        text_config=configs.text,
+        scheduler_config=configs.scheduler,
+        unet=matched["unet"],
+        vae=matched["vae"],
+        text_encoder=matched["text_encoder"],
+        tokenizer=tokenizer,
+    )
+
+
+def _hold_against(
+    component: str, stored: Directory, wanted: dict[str, str], shapes: dict[str, Tensor]
+) -> dict[str, Stored]:
+    """Stored tensors by the model's names; CheckpointError lists all that do not fit."""
+    file = next(iter(stored.values())).file.name if stored else "weights"
+    faults = []
+    if missing := [key for key in wanted if key not in stored]:
+        faults.append(f"missing: {some(missing)}")
+    if surplus := [key for key in stored if key not in wanted]:
+        faults.append(f"surplus: {some(surplus)}")
+    misshapen = [
+        f"{key} {list(stored[key].shape)} instead of {list(shapes[name].shape)}"
+        for key, name in wanted.items()
+        if key in stored and stored[key].shape != tuple(shapes[name].shape)
+    ]
+    if misshapen:
+        faults.append(f"misshapen: {some(misshapen)}")
+    if other := [f"{key} {stored[key].kind}" for key in wanted if key in stored and stored[key].kind not in FLOATS]:
+        faults.append(f"not of a floating-point kind: {some(other)}")
+    if faults:
+        raise CheckpointError(f"{component} ({file}): tensors do not fit the configuration; {'; '.join(faults)}")
+    return {name: stored[key] for key, name in wanted.items()}
+
+
+def _fill(model: nn.Module, directory: Directory, component: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Put every tensor in its place, as a view of the mapped file where nothing has to change."""
+    for name, tensor in read_tensors(directory):
+        tensor = tensor.to(device).to(dtype)
+        if not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(tensor.isfinite().all()):
+            stored = directory[name]
+            raise CheckpointError(
+                f"{component} ({stored.file.name}): {stored.key} holds NaN or infinity"
+                f"; fetch the file again"
+            )
+        assign(model, name, tensor)
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta and _is_counter(name):  # 0, 1, 2, ...: computed, not learned
+            assign(model, name, torch.arange(buffer.shape[-1], device=device)[None])
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if left:
+        raise CheckpointError(f"{component}: no weights for {some(left)}")
+    move(model, device)
+
+
+def _is_counter(key: str) -> bool:
+    """Positions stored as a tensor in CLIP's files although they are no parameter."""
+    return key.endswith("embeddings.position_ids")
+
+
+def _plain_text_name(key: str) -> str:
+    """Older transformers wrap CLIP's text model in one more module, and the official files too."""
+    return key.removeprefix("text_model.")
+
+
+def _new_vae_name(key: str) -> str:
+    place, _, leaf = key.rpartition(".")
+    parent, _, old = place.rpartition(".")
+    if parent.endswith("mid_block.attentions.0") and old in OLD_VAE_ATTENTION:
+        return f"{parent}.{OLD_VAE_ATTENTION[old]}.{leaf}"
+    return key
+
+
+def _count(stored: Stored) -> int:
+    return torch.Size(stored.shape).numel()

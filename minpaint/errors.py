@@ -1,0 +1,28 @@
+"""What can go wrong, each with one line that names the culprit and the way out."""
+
+
+class MinpaintError(ValueError):
+    """Base of every error minpaint raises on purpose; its message is one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class InputError(MinpaintError):
+    """An argument, an image or a mask that cannot be used."""
+
+
+class CheckpointError(MinpaintError):
+    """Weights or a configuration that are missing, damaged or not supported."""
+
+
+class ModelNotFoundError(InputError, CheckpointError):
+    """No such model: the argument is wrong, or its weights are missing; catch it as either."""
+
+
+class BudgetError(MinpaintError):
+    """A memory budget that cannot hold the run."""
+
+
+class MinpaintWarning(UserWarning):
+    """Something the user should know although the run goes on; one line."""

@@ -1,0 +1,229 @@
+"""Write a checkpoint of random weights in diffusers layout, for tests and measurements.
+
+    python -m weights.random_checkpoint sd15 FOLDER --variant fp16
+
+The full-size families have the shapes of the official checkpoints; the small ones have their
+features at a size that runs in milliseconds. Every norm and bias is randomised, so that a
+swapped or forgotten one shows. A prompt is read letter by letter with a vocabulary of bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minpaint.config import unet_config, vae_config
+from minpaint.text import END, START, build_text_encoder
+from minpaint.unet import UNet
+from minpaint.vae import VAE
+
+Json = dict[str, Any]
+
+SCHEDULER: Json = {
+    "_class_name": "DDIMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+PNDM: Json = SCHEDULER | {"_class_name": "PNDMScheduler"}
+
+
+def _unet(channels: list[int], heads: int | list[int], context: int, **more: Any) -> Json:
+    deep = len(channels) - 1
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "attention_head_dim": heads,
+        "block_out_channels": channels,
+        "cross_attention_dim": context,
+        "down_block_types": ["CrossAttnDownBlock2D"] * deep + ["DownBlock2D"],
+        "in_channels": 9,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "out_channels": 4,
+        "sample_size": 64,
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * deep,
+    } | more
+
+
+def _vae(channels: list[int], **more: Any) -> Json:
+    return {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": channels,
+        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
+        "latent_channels": 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "sample_size": 512,
+        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+    } | more
+
+
+def _text(width: int, layers: int, heads: int, act: str, vocabulary: int) -> Json:
+    return {
+        "architectures": ["CLIPTextModel"],
+        "hidden_act": act,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": 77,
+        "model_type": "clip_text_model",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "vocab_size": vocabulary,
+    }
+
+
+SMALL = {"norm_num_groups": 8, "sample_size": 8}
+SMALL_VAE = _vae([16, 24, 24, 32], norm_num_groups=8, layers_per_block=1, sample_size=64)
+SMALL_TEXT = _text(64, 2, 1, "quick_gelu", 514)
+SMALL_TEXT_2 = _text(64, 2, 1, "gelu", 514)
+
+FAMILIES: dict[str, dict[str, Json]] = {
+    "sd15": {
+        "unet": _unet([320, 640, 1280, 1280], 8, 768),
+        "vae": _vae([128, 256, 512, 512]),
+        "text_encoder": _text(768, 12, 12, "quick_gelu", 49408),
+        "scheduler": SCHEDULER,
+    },
+    "sd2": {
+        "unet": _unet([320, 640, 1280, 1280], [5, 10, 20, 20], 1024, use_linear_projection=True),
+        "vae": _vae([128, 256, 512, 512]),
+        "text_encoder": _text(1024, 23, 16, "gelu", 49408),
+        "scheduler": PNDM,
+    },
+    "small-sd1": {
+        "unet": _unet([32, 64], 8, 64, **SMALL),
+        "vae": SMALL_VAE,
+        "text_encoder": SMALL_TEXT,
+        "scheduler": SCHEDULER,
+    },
+    "small-sd2": {
+        "unet": _unet([64, 128], [1, 2], 64, use_linear_projection=True, **SMALL),
+        "vae": SMALL_VAE,
+        "text_encoder": SMALL_TEXT_2,
+        "scheduler": PNDM,
+    },
+    "small-sd1-4ch": {
+        "unet": _unet([32, 64], 8, 64, **SMALL | {"in_channels": 4}),
+        "vae": SMALL_VAE,
+        "text_encoder": SMALL_TEXT,
+        "scheduler": PNDM,
+    },
+    "small-v": {
+        "unet": _unet([64, 128], [1, 2], 64, use_linear_projection=True, **SMALL),
+        "vae": SMALL_VAE,
+        "text_encoder": SMALL_TEXT_2,
+        "scheduler": SCHEDULER | {"prediction_type": "v_prediction"},
+    },
+}
+
+
+def randomise(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Random tensors for every parameter of a model on the meta device, by name.
+
+    Weights keep the variance of what passes through them, scales are around 1 and offsets
+    around 0 but never there.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensor = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1:
+            tensor *= 0.7 / math.sqrt(parameter[0].numel())
+        else:
+            tensor = 0.1 * tensor + ("norm" in name and name.endswith("weight"))
+        tensors[name] = tensor
+    return tensors
+
+
+def byte_vocabulary() -> dict[str, int]:
+    """CLIP's vocabulary before any merge: 256 bytes, the same at a word's end, start and end."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's printable bytes
+    others = [256 + n for n in range(256 - len(plain))]
+    letters = [chr(n) for n in (*plain, *others)]
+    return {token: n for n, token in enumerate([*letters, *(f"{x}</w>" for x in letters), START, END])}
+
+
+def write_tokenizer(folder: Path, vocabulary_size: int, pad: str) -> None:
+    """A tokenizer without merges in `folder`, its special tokens the last of the vocabulary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = byte_vocabulary()
+    vocabulary |= {f"unused{n}": n for n in range(len(vocabulary), vocabulary_size)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    settings = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_checkpoint(
+    folder: Path,
+    configs: dict[str, Json],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+) -> Path:
+    """A checkpoint in diffusers layout with random weights; the folder."""
+    with torch.device("meta"):
+        models = {
+            "unet": UNet(unet_config(configs["unet"])),
+            "vae": VAE(vae_config(configs["vae"])),
+            "text_encoder": build_text_encoder(configs["text_encoder"]),
+        }
+    for number, (component, model) in enumerate(models.items()):
+        place = folder / component
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "config.json").write_text(json.dumps(configs[component], indent=2))
+        base = "model" if component == "text_encoder" else "diffusion_pytorch_model"
+        tensors = {key: tensor.to(dtype) for key, tensor in randomise(model, 1000 * seed + number).items()}
+        if component == "text_encoder":  # the official files' names, and their stray tensor
+            tensors = {f"text_model.{key.removeprefix('text_model.')}": t for key, t in tensors.items()}
+            positions = configs[component]["max_position_embeddings"]
+            tensors["text_model.embeddings.position_ids"] = torch.arange(positions)[None]
+        save_file(tensors, place / f"{base}{f'.{variant}' if variant else ''}.safetensors")
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(configs["scheduler"], indent=2))
+    sd2 = configs["unet"].get("use_linear_projection", False)
+    write_tokenizer(folder / "tokenizer", configs["text_encoder"]["vocab_size"], "!" if sd2 else END)
+    index = {
+        "_class_name": "StableDiffusionInpaintPipeline",
+        "_diffusers_version": "0.6.0",
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", configs["scheduler"]["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variant", choices=("fp16",), help="half precision, as the official fp16 files")
+    options = parser.parse_args()
+    dtype = torch.float16 if options.variant else torch.float32
+    write_checkpoint(options.folder, FAMILIES[options.family], options.seed, dtype, options.variant)
+
+
+if __name__ == "__main__":
+    main()
