@@ -13,8 +13,9 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from minpaint import __version__
 from minpaint.errors import BudgetError, CheckpointError, InputError, MinpaintWarning
@@ -22,10 +23,10 @@ from minpaint.errors import BudgetError, CheckpointError, InputError, MinpaintWa
 if TYPE_CHECKING:
     from PIL import Image
 
-    from minpaint.inpaint import Painting
     from minpaint.samplers import Step
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+MODELS = "tiny, sd15, sd2, owner/name[@revision] of the hub, a folder or a .safetensors file"
 HOW_TO_START = """\
 minpaint repaints the white part of a mask from a prompt:
 
@@ -56,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--mask", required=True, metavar="FILE", help="white where to repaint")
     add("--prompt", required=True, metavar="TEXT", help="what to paint")
     add("-o", "--output", required=True, metavar="FILE", help=f"{', '.join(FORMATS)}; {{seed}} stands for the seed")
-    add("--model", default=None, metavar="MODEL", help="tiny, sd15, sd2, owner/name[@revision] of the hub, a folder or a .safetensors file (default: tiny)")
-    add("--config", default=None, metavar="FOLDER", help="configuration and tokenizer of a single-file model, in diffusers layout")
+    add("--model", default=None, help=f"{MODELS} (default: tiny)")
+    add("--config", default=None, metavar="FOLDER", help="configurations and tokenizer of a single-file model")
     add("--negative-prompt", default="", metavar="TEXT", help="what to stay away from")
     add("--steps", type=int, default=50, help="sampler steps (default: 50)")
     add("--guidance", type=float, default=7.5, help="weight of the prompt; 1 or less turns guidance off (default: 7.5)")
@@ -67,9 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="one seed gives one picture (default: 0)")
     add("--count", type=int, default=1, help="pictures to paint, with seeds from --seed up (default: 1)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="number format of the networks (default: auto)")
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="of the networks (default: auto)")
     add("--budget", default=None, metavar="SIZE", help="memory the run may take (default: 15GiB)")
-    add("--profile", default="minpaint", choices=("minpaint", "diffusers"), help="diffusers: exactly what its pipeline gives (default: minpaint)")
+    add(
+        "--profile",
+        default="minpaint",
+        choices=("minpaint", "diffusers"),
+        help="diffusers: what its pipeline gives (default: minpaint)",
+    )
     add("--json", action="store_true", help="print one JSON object on stdout")
     add("--quiet", action="store_true", help="no progress and no messages but errors")
     add("--overwrite", action="store_true", help="replace outputs that exist")
@@ -106,77 +112,55 @@ def _say(line: str) -> None:
 
 def _paint(options: argparse.Namespace) -> None:
     started = time.perf_counter()
-    note = (lambda line: None) if options.quiet else (lambda line: _say(f"minpaint: {line}"))
+
+    def note(line: str) -> None:
+        if not options.quiet:
+            _say(f"minpaint: {line}")
+
     targets = _targets(options.output, options.seed, options.count, options.overwrite)
     if options.model is None:
         note("no --model given: using tiny, the bundled toy model")
 
-    # the libraries' own chatter stays off the terminal; warnings come as one line each
+    # the libraries' own chatter stays off the terminal; our warnings come as one line each
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    warnings.simplefilter("ignore")
-    warnings.simplefilter("always", MinpaintWarning)
-    warnings.showwarning = lambda message, *_: note(f"note: {' '.join(str(message).split())}")
-
     from minpaint import load
     from minpaint.image import open_image
+    from minpaint.inpaint import Settings
     from minpaint.mask import check_shape
 
-    # everything that is cheap to find out comes before the weights
+    # all that is cheap to find out comes before the weights
+    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     image, mask = open_image(options.image, "image"), open_image(options.mask, "mask")
     check_shape(image, mask)
-    painter = load(options.model or "tiny", options.device, options.dtype, options.budget, options.config)
-    note(f"{painter.name} on {painter.device}, {str(painter.dtype).removeprefix('torch.')}")
-
-    with _Progress(options.quiet) as progress:
-        paintings = painter(
-            image,
-            mask,
-            options.prompt,
-            negative_prompt=options.negative_prompt,
-            steps=options.steps,
-            guidance=options.guidance,
-            strength=options.strength,
-            sampler=options.sampler,
-            eta=options.eta,
-            seed=options.seed,
-            count=options.count,
-            profile=options.profile,
-            on_step=progress,
-        )
+    with warnings.catch_warnings(), _Progress(options.quiet) as progress:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", MinpaintWarning)
+        warnings.showwarning = lambda message, *_: note(f"note: {message}")
+        painter = load(options.model or "tiny", options.device, options.dtype, options.budget, options.config)
+        note(f"{painter.name} on {painter.device}, {str(painter.dtype).removeprefix('torch.')}")
+        paintings = painter.paint(image, mask, settings, progress)
     for painting, target in zip(paintings, targets, strict=True):
         _save(painting.image, target)
-    seconds = time.perf_counter() - started
-    for painting, target in zip(paintings, targets, strict=True):
         note(f"wrote {target} (seed {painting.seed}, {painting.steps} network calls)")
+    seconds = time.perf_counter() - started
     note(f"done in {seconds:.1f} s")
     if options.json:
-        print(json.dumps(_report(options, painter, paintings, targets, seconds)))
-
-
-def _report(
-    options: argparse.Namespace, painter: Any, paintings: list[Painting], targets: list[Path], seconds: float
-) -> dict[str, Any]:
-    return {
-        "version": __version__,
-        "model": painter.name,
-        "device": str(painter.device),
-        "dtype": str(painter.dtype).removeprefix("torch."),
-        "prompt": options.prompt,
-        "negative_prompt": options.negative_prompt,
-        "sampler": options.sampler or painter.scheduler_config.sampler,
-        "steps": options.steps,
-        "steps_run": paintings[0].steps,
-        "guidance": options.guidance,
-        "strength": options.strength,
-        "eta": options.eta,
-        "profile": options.profile,
-        "seconds": round(seconds, 3),
-        "outputs": [
-            {"path": str(target), "seed": painting.seed, "width": painting.image.width, "height": painting.image.height}
-            for painting, target in zip(paintings, targets, strict=True)
-        ],
-    }
+        report = {
+            "version": __version__,
+            "model": painter.name,
+            "device": str(painter.device),
+            "dtype": str(painter.dtype).removeprefix("torch."),
+            **asdict(settings),
+            "sampler": settings.sampler or painter.scheduler_config.sampler,
+            "steps_run": paintings[0].steps,
+            "seconds": round(seconds, 3),
+            "outputs": [
+                {"path": str(target), "seed": p.seed, "width": p.image.width, "height": p.image.height}
+                for p, target in zip(paintings, targets, strict=True)
+            ],
+        }
+        print(json.dumps(report))
 
 
 class _Progress:
@@ -185,7 +169,7 @@ class _Progress:
     def __init__(self, quiet: bool) -> None:
         from tqdm import tqdm
 
-        self.bar = tqdm(unit="step", disable=quiet or not sys.stderr.isatty(), leave=False)
+        self.bar = tqdm(unit=" steps", disable=quiet or not sys.stderr.isatty(), leave=False, delay=0.1)
 
     def __enter__(self) -> _Progress:
         return self
@@ -215,8 +199,10 @@ def _targets(pattern: str, seed: int, count: int, overwrite: bool) -> list[Path]
             raise InputError(f"output {target} exists; add --overwrite to replace it")
         if not target.parent.is_dir():
             raise InputError(f"output {target}: the folder {target.parent} does not exist; create it first")
-        if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise InputError(f"output {target}: the folder {target.parent} is not writable")
+        try:
+            tempfile.TemporaryFile(dir=target.parent).close()
+        except OSError as error:
+            raise InputError(f"output {target}: the folder {target.parent} is not writable ({error})") from None
     return targets
 
 

@@ -101,6 +101,8 @@ def describe(model: str | Path, half: bool = False, config: str | Path | None = 
     path = Path(model).expanduser()
     known = hub.catalogue()
     match = HUB_ID.fullmatch(str(model))
+    if config is not None and not path.is_file():
+        raise InputError(f"config {config}: describes a model in a single file, and {model} is none; leave it out")
     if str(model) in known:
         entry = known[str(model)]
         return _describe_folder(hub.fetch(entry.repository, entry.revision, half, entry), str(model), half)
@@ -168,7 +170,8 @@ def _describe_file(path: Path, name: str, config: str | Path | None) -> Descript
             warnings.warn(
                 f"{path.name}: nothing in the file tells epsilon from v-prediction; epsilon is assumed "
                 f"(a 768-v model needs --config)",
-                MinpaintWarning, stacklevel=2,
+                MinpaintWarning,
+                stacklevel=2,
             )
         configs = _parse_configs(told.unet, told.vae, told.text_encoder, told.scheduler)
     parts = ldm.split(directory, configs.unet, configs.vae, path)
@@ -221,7 +224,7 @@ def _match(name: str, configs: _Configs, parts: dict[str, Directory], tokenizer:
             f"unet/config.json: cross_attention_dim {configs.unet.context_dim} does not fit the text encoder's "
             f"hidden_size {configs.text.get('hidden_size')}"
         )
-    renames = {"unet": str, "vae": _new_vae_name, "text_encoder": _plain_text_name}
+    renames: dict[str, Callable[[str], str]] = {"unet": str, "vae": _new_vae_name, "text_encoder": _plain_text_name}
     matched = {}
     for component, model in models.items():
         rename = renames[component]
@@ -272,8 +275,7 @@ def _fill(model: nn.Module, directory: Directory, component: str, device: torch.
         if not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(tensor.isfinite().all()):
             stored = directory[name]
             raise CheckpointError(
-                f"{component} ({stored.file.name}): {stored.key} holds NaN or infinity"
-                f"; fetch the file again"
+                f"{component} ({stored.file.name}): {stored.key} holds NaN or infinity; fetch the file again"
             )
         assign(model, name, tensor)
     for name, buffer in list(model.named_buffers()):

@@ -298,9 +298,7 @@ def vae_config(source: Json, file: str = "vae/config.json") -> VAEConfig:
     return config
 
 
-def scheduler_config(
-    source: Json, file: str = "scheduler/scheduler_config.json"
-) -> SchedulerConfig:
+def scheduler_config(source: Json, file: str = "scheduler/scheduler_config.json") -> SchedulerConfig:
     """SchedulerConfig from the reference's JSON; CheckpointError names an unsupported key.
 
     A file without `steps_offset` or `skip_prk_steps` gets what the reference's pipeline puts

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,16 +70,17 @@ def choose_weights(names: Collection[str], component: str, half: bool) -> str | 
 def fetch(repository: str, revision: str | None, half: bool, known: Known | None = None) -> Path:
     """The folder in the cache that holds what a run needs of a repository; downloads the rest.
 
-    A pinned commit that is complete in the cache is used without asking the hub. Files of the
-    catalogue are compared with their published SHA-256.
+    A pinned commit that was fetched before is used without asking the hub, and whatever is
+    complete in the cache where the hub does not answer. Files of the catalogue are compared with
+    their published SHA-256.
 
     Raises:
-        CheckpointError: no such repository or revision, no network and nothing cached, or a
-            file that differs from the published one.
+        CheckpointError: no such repository or revision, no Stable Diffusion in it, no network
+            and nothing cached, or a file that differs from the published one.
     """
     pinned = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
-    folder = _cached(repository, revision)
-    if not (pinned and folder and _complete(folder, half)):
+    folder = _cached(repository, CONFIGS[0], revision)
+    if not (pinned and folder and _complete(folder, half) and _choice(folder, file_names(folder), half).exists()):
         folder = _download(repository, revision, half, folder)
     if known is not None:
         for name, digest in known.sha256.items():
@@ -90,10 +91,14 @@ def fetch(repository: str, revision: str | None, half: bool, known: Known | None
 
 def fetch_tokenizer() -> Path:
     """The folder with CLIP's vocabulary, from the cache or the hub."""
-    folder = _cached(CLIP_TOKENIZER, None)
-    if folder and all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+    names = ["vocab.json", "merges.txt"]
+    folder = _cached(CLIP_TOKENIZER, names[0], None)
+    if folder and all((folder / name).is_file() for name in names):
         return folder
-    return _get(CLIP_TOKENIZER, "main", ["vocab.json", "merges.txt"])
+    try:
+        return _get(CLIP_TOKENIZER, "main", names)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}, or put {' and '.join(names)} beside the weights") from None
 
 
 def verify(path: Path, digest: str) -> None:
@@ -103,7 +108,7 @@ def verify(path: Path, digest: str) -> None:
     """
     state = path.stat()
     mark = {"path": str(path.resolve()), "size": state.st_size, "time": state.st_mtime_ns, "sha256": digest}
-    receipt = _receipts() / hashlib.sha256(json.dumps(mark).encode()).hexdigest()
+    receipt = _receipt(mark)
     if receipt.exists():
         return
     with path.open("rb") as file:
@@ -113,18 +118,29 @@ def verify(path: Path, digest: str) -> None:
     if found.hexdigest() != digest:
         raise CheckpointError(
             f"{path}: differs from the published file (SHA-256 {found.hexdigest()[:12]}..., expected "
-            f"{digest[:12]}...); delete it and fetch it again"
+            f"{digest[:12]}...); delete {path.resolve()} and fetch it again"
         )
+    _remember(receipt)
+
+
+def _receipt(mark: Mapping[str, object]) -> Path:
+    """The empty file that says, if it exists, that what `mark` describes was found true."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "minpaint" / "verified" / hashlib.sha256(json.dumps(mark).encode()).hexdigest()
+
+
+def _choice(folder: Path, names: Collection[str], half: bool) -> Path:
+    """The receipt for the weights chosen among `names` being those chosen among all the repository's."""
+    chosen = [choose_weights(names, component, half) for component in COMPONENTS]
+    return _receipt({"path": str(folder.resolve()), "half": half, "weights": chosen})
+
+
+def _remember(receipt: Path) -> None:
     try:
         receipt.parent.mkdir(parents=True, exist_ok=True)
         receipt.touch()
     except OSError:
-        pass  # a read-only home: the file is verified again next time
-
-
-def _receipts() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "minpaint" / "verified"
+        pass  # a read-only home: found out again next time
 
 
 def file_names(folder: Path) -> set[str]:
@@ -136,10 +152,15 @@ def file_names(folder: Path) -> set[str]:
 def _complete(folder: Path, half: bool) -> bool:
     names = file_names(folder)
     chosen = [choose_weights(names, component, half) for component in COMPONENTS]
-    if None in chosen or not set(CONFIGS) <= names:
+    if None in chosen or not set(CONFIGS) <= names or not _has_tokenizer(names):
         return False
     shards = [f"{Path(index).parent}/{name}" for index in chosen if index for name in _shards(folder / index)]
-    return set(shards) <= names and "tokenizer/vocab.json" in names
+    return set(shards) <= names
+
+
+def _has_tokenizer(names: Collection[str]) -> bool:
+    """Whether text.load_tokenizer finds what it needs."""
+    return {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(names) or "tokenizer/tokenizer.json" in names
 
 
 def _shards(path: Path) -> list[str]:
@@ -147,62 +168,89 @@ def _shards(path: Path) -> list[str]:
     if path.suffix != ".json":
         return []
     try:
-        return sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        foreign = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path}: not a readable index of weight files") from None
+    if foreign:
+        raise CheckpointError(f"{path}: {foreign[0]!r} is not a safetensors file beside it")
+    return names
 
 
-def _cached(repository: str, revision: str | None) -> Path | None:
-    from huggingface_hub import snapshot_download
+def _cached(repository: str, name: str, revision: str | None) -> Path | None:
+    """The folder in the cache that holds a file of a repository, complete or not."""
+    from huggingface_hub import try_to_load_from_cache
 
     try:
-        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
-    except (OSError, ValueError):  # LocalEntryNotFoundError is both
+        path = try_to_load_from_cache(repository, name, revision=revision)
+    except ValueError:  # not even the name of a repository
         return None
+    return Path(path).parents[name.count("/")] if isinstance(path, str) else None
 
 
 def _download(repository: str, revision: str | None, half: bool, cached: Path | None) -> Path:
     from huggingface_hub import HfApi
-    from huggingface_hub import errors as hub
 
     place = f"{repository}{f'@{revision}' if revision else ''}"
     try:
         info = HfApi().model_info(repository, revision=revision)
-    except hub.GatedRepoError:
-        raise CheckpointError(f"{place}: access must be asked for on the hub, then log in with `hf auth login`") from None
-    except hub.RevisionNotFoundError:
-        raise CheckpointError(f"{place}: the hub has no such revision") from None
-    except (hub.RepositoryNotFoundError, hub.HFValidationError):
-        raise CheckpointError(f"{place}: the hub has no such repository, or it is private") from None
-    except Exception as error:  # every way a network can fail
+    except Exception as error:  # a refusal, or one of the ways a network can fail
         if cached and _complete(cached, half):
             return cached
-        raise CheckpointError(
-            f"{place}: not complete in the cache, and the hub cannot be reached "
+        trouble = (
+            f"not complete in the cache, and the hub cannot be reached "
             f"({type(error).__name__}: {error}); go online once, or give a folder"
-        ) from None
+        )
+        raise CheckpointError(f"{place}: {_refusal(error) or trouble}") from None
     names = {file.rfilename for file in info.siblings or []}
-    chosen = [choose_weights(names, component, half) for component in COMPONENTS]
+    weights = {component: choose_weights(names, component, half) for component in COMPONENTS}
+    missing = [name for name in CONFIGS if name not in names]
+    missing += [f"{component}/*.safetensors" for component, name in weights.items() if name is None]
+    missing += [] if _has_tokenizer(names) else ["tokenizer/vocab.json"]
+    if missing:
+        raise CheckpointError(
+            f"{place}: no Stable Diffusion checkpoint in diffusers layout with safetensors weights, the only kind "
+            f"that is opened (missing: {', '.join(missing)})"
+        )
     wanted = [name for name in (*CONFIGS, *(f"tokenizer/{n}" for n in TOKENIZER_FILES)) if name in names]
+    chosen = [name for name in weights.values() if name]
     commit = info.sha or revision or "main"
-    folder = _get(repository, commit, [*wanted, *(name for name in chosen if name)])
-    shards = [f"{Path(index).parent}/{name}" for index in chosen if index for name in _shards(folder / index)]
-    return _get(repository, commit, shards) if shards else folder
+    folder = _get(repository, commit, wanted + chosen)
+    shards = [f"{Path(index).parent}/{name}" for index in chosen for name in _shards(folder / index)]
+    if shards:
+        _get(repository, commit, shards)
+    _get(repository, revision or "main", wanted[:1])  # now the cache knows offline which commit a branch is
+    _remember(_choice(folder, names, half))
+    return folder
 
 
-def _get(repository: str, revision: str, names: Collection[str]) -> Path:
+def _get(repository: str, revision: str, names: Sequence[str]) -> Path:
     """Download files of a repository into the cache; the folder they are in."""
     from huggingface_hub import hf_hub_download
 
-    folder = None
     for name in names:
         try:
             path = Path(hf_hub_download(repository, name, revision=revision))
-        except Exception as error:  # every way a network can fail
-            raise CheckpointError(
-                f"{repository}: {name} cannot be fetched ({type(error).__name__}: {error}); try again online"
-            ) from None
-        folder = path.parents[name.count("/")]
-    if folder is None:
-        raise CheckpointError(f"{repository}: holds no Stable Diffusion checkpoint in diffusers layout")
-    return folder
+        except Exception as error:  # a refusal, or one of the ways a network can fail
+            trouble = f"{name} cannot be fetched ({type(error).__name__}: {error}); try again online"
+            raise CheckpointError(f"{repository}: {_refusal(error) or trouble}") from None
+    return path.parents[name.count("/")]
+
+
+def _refusal(error: Exception) -> str | None:
+    """What the hub means by an error, and the way out; None for other errors."""
+    # huggingface_hub.errors has them from 0.25 on only
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return "access must be asked for on the hub, then log in with `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return "the hub has no such revision"
+    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+        return "the hub has no such repository, or it is private; look for a mirror, or log in with `hf auth login`"
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from os import PathLike, fspath
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from minpaint.errors import InputError
@@ -29,7 +29,7 @@ def open_image(source: ImageSource, what: str = "image") -> Image.Image:
             raise InputError(f"{name}: no such file") from None
         except Image.DecompressionBombError as error:
             raise InputError(f"{name}: too many pixels ({error})") from None
-        except Image.UnidentifiedImageError:
+        except UnidentifiedImageError:
             raise InputError(f"{name}: not a picture that Pillow can read") from None
         except (OSError, ValueError, SyntaxError) as error:
             raise InputError(f"{name}: cannot be read ({error})") from None

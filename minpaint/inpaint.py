@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from typing_extensions import TypedDict, Unpack
 
 from minpaint.checkpoint import Checkpoint
 from minpaint.errors import InputError, MinpaintError, MinpaintWarning
@@ -28,31 +27,54 @@ SAMPLERS = ("ddim", "pndm", "dpmpp")
 PROFILES = ("minpaint", "diffusers")
 
 
-class Options(TypedDict, total=False):
-    """What a painting may be asked for beside its image, mask and prompt.
+@dataclass(frozen=True)
+class Settings:
+    """What to paint and how, checked as it is made: InputError names a value that cannot be used.
 
-    negative_prompt: what guidance leads away from (default "").
-    steps: sampler steps over the whole range of noise (50).
-    guidance: weight of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), 7.5;
-        at 1 or less it is left out.
-    strength: in (0, 1], 1; below, the hole starts from the noised picture and only the last
+    prompt, negative_prompt: what to paint, and what guidance leads away from.
+    steps: sampler steps over the whole range of noise.
+    guidance: weight of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598); at 1 or
+        less it is left out.
+    strength: in (0, 1]; below 1 the hole starts from the noised picture and only the last
         int(steps * strength) steps are run.
     sampler: "ddim", "pndm" or "dpmpp"; None is what the checkpoint names.
-    eta: randomness of ddim, from 0 (none, the default) to 1.
-    seed, count: paint `count` pictures with seeds seed, seed + 1, ... (0, 1).
+    eta: randomness of ddim, from 0 (none) to 1.
+    seed, count: paint `count` pictures, with the seeds seed, seed + 1, ...
     profile: "minpaint" keeps every pixel outside the hole, and the input's size; "diffusers"
         gives what diffusers.StableDiffusionInpaintPipeline gives.
     """
 
-    negative_prompt: str
-    steps: int
-    guidance: float
-    strength: float
-    sampler: str | None
-    eta: float
-    seed: int
-    count: int
-    profile: str
+    prompt: str
+    negative_prompt: str = ""
+    steps: int = 50
+    guidance: float = 7.5
+    strength: float = 1.0
+    sampler: str | None = None
+    eta: float = 0.0
+    seed: int = 0
+    count: int = 1
+    profile: str = "minpaint"
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"{name} must be a string, not {type(getattr(self, name)).__name__}")
+        for name, least in (("steps", 1), ("count", 1), ("seed", 0)):
+            _check_whole(name, getattr(self, name), least)
+        if self.seed + self.count > 2**63:
+            raise InputError(f"seed {self.seed} is too large; use one under 2^63")
+        for name, most in (("guidance", math.inf), ("strength", 1), ("eta", 1)):
+            _check_number(name, getattr(self, name), most)
+        if self.strength == 0:
+            raise InputError("strength 0 would leave the picture as it is; use more than 0, up to 1")
+        if self.sampler is not None and self.sampler not in SAMPLERS:
+            raise InputError(f"sampler {self.sampler!r} is unknown; use {', '.join(SAMPLERS)}")
+        if self.profile not in PROFILES:
+            raise InputError(f"profile {self.profile!r} is unknown; use {', '.join(PROFILES)}")
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.count)
 
 
 @dataclass(frozen=True)
@@ -71,17 +93,12 @@ class Painting:
 
 @dataclass(frozen=True)
 class Job:
-    """One checked request."""
+    """One checked request: the settings, and what they mean for this picture and checkpoint."""
 
+    settings: Settings
     canvas: Canvas
-    prompt: str
-    negative_prompt: str
-    schedule: Schedule
     sampler: str
-    guidance: float
-    strength: float
-    eta: float
-    seeds: tuple[int, ...]
+    schedule: Schedule
 
 
 class Painter:
@@ -110,8 +127,16 @@ class Painter:
         mask: ImageSource,
         prompt: str,
         *,
+        negative_prompt: str = "",
+        steps: int = 50,
+        guidance: float = 7.5,
+        strength: float = 1.0,
+        sampler: str | None = None,
+        eta: float = 0.0,
+        seed: int = 0,
+        count: int = 1,
+        profile: str = "minpaint",
         on_step: Callable[[Step], object] | None = None,
-        **options: Unpack[Options],
     ) -> list[Painting]:
         """Repaint the white part of the mask from a prompt.
 
@@ -119,13 +144,24 @@ class Painter:
             image, mask: PIL images or paths. A mask of another size is scaled if its shape
                 matches.
             on_step: called with every Step.
-            options: see Options, which gives the defaults too.
+            prompt and the others: see Settings.
 
         Raises:
             InputError: an argument, the image or the mask cannot be used.
             MinpaintError: the network's output is not finite.
         """
-        job = self._job(image, mask, prompt, **options)
+        settings = Settings(prompt, negative_prompt, steps, guidance, strength, sampler, eta, seed, count, profile)
+        return self.paint(image, mask, settings, on_step)
+
+    def paint(
+        self,
+        image: ImageSource,
+        mask: ImageSource,
+        settings: Settings,
+        on_step: Callable[[Step], object] | None = None,
+    ) -> list[Painting]:
+        """The same call with its settings in one object."""
+        job = self._job(image, mask, settings)
         latents = torch.empty(0)
         for step in self._denoise(job):
             latents = step.x
@@ -133,36 +169,50 @@ class Painter:
                 on_step(step)
         return [
             Painting(self._decode(job, z), z.cpu(), seed, len(job.schedule.timesteps))
-            for z, seed in zip(latents, job.seeds, strict=True)
+            for z, seed in zip(latents, settings.seeds, strict=True)
         ]
 
-    def steps(
-        self, image: ImageSource, mask: ImageSource, prompt: str, **options: Unpack[Options]
-    ) -> Iterator[Step]:
-        """The denoising loop of the same call as a generator of Steps, to be looked into.
+    def steps(self, image: ImageSource, mask: ImageSource, prompt: str, **options: Any) -> Iterator[Step]:
+        """The denoising loop as a generator of Steps, to be looked into.
 
-        A step's x are the latents it ends with, [count, 4, y, x] float32, scaled as the UNet
-        sees them; the last step's are the painting's.
+        The options are those of the call, but for `on_step`. A step's x are the latents it ends
+        with, [count, 4, y, x] float32, scaled as the UNet sees them; the last step's are the
+        painting's.
         """
-        return self._denoise(self._job(image, mask, prompt, **options))
+        return self._denoise(self._job(image, mask, Settings(prompt, **options)))
+
+    def _job(self, image: ImageSource, mask: ImageSource, settings: Settings) -> Job:
+        """Check all that can be wrong with a request before any work is done."""
+        config = self.scheduler_config
+        sampler = settings.sampler or config.sampler
+        if settings.eta > 0 and sampler != "ddim":
+            told = f"eta has no effect on the sampler {sampler}, only on ddim"
+            warnings.warn(told, MinpaintWarning, stacklevel=4)
+        warm_up = settings.sampler is None and sampler == "pndm" and not config.skip_prk_steps
+        schedule = make_schedule(config, sampler, settings.steps, settings.strength, warm_up)
+        image, mask = open_image(image, "image"), open_image(mask, "mask")
+        canvas = make_canvas(image, mask, self.vae_config.factor, settings.profile)
+        return Job(settings, canvas, sampler, schedule)
 
     @without_gradients
     def _denoise(self, job: Job) -> Iterator[Step]:
         """Text, encode, denoise. The order of the random draws is part of the contract."""
-        canvas, schedule = job.canvas, job.schedule
-        random = _Random(job.seeds, (4, *(n // self.vae_config.factor for n in canvas.pixels.shape[2:])), self.device)
-        contexts = self._contexts(job)
+        canvas, schedule, settings = job.canvas, job.schedule, job.settings
+        random = _Random(
+            settings.seeds, (4, *(n // self.vae_config.factor for n in canvas.pixels.shape[2:])), self.device
+        )
+        contexts = self._contexts(settings)
 
         nine_channels = self.unet_config.in_channels == 9
         picture = None
-        if job.strength < 1 or not nine_channels:
+        if settings.strength < 1 or not nine_channels:
             picture = self._encode(canvas.pixels, random)  # [n, 4, y, x]
         noise = random.normal()
         masked = self._encode(canvas.masked_pixels, random) if nine_channels else random.normal()
-        hole = canvas.latent_hole(self.vae_config.factor).to(self.device).expand(len(job.seeds), -1, -1, -1)
+        hole = canvas.latent_hole(self.vae_config.factor).to(self.device).expand(settings.count, -1, -1, -1)
 
         x = noise
-        if picture is not None and job.strength < 1:
+        if picture is not None and settings.strength < 1:
             x = schedule.add_noise(picture, noise, schedule.timesteps[0])
 
         conditioning = torch.cat([hole, masked], dim=1) if nine_channels else None  # [n, 5, y, x]
@@ -175,26 +225,27 @@ class Painter:
             inputs = x if conditioning is None else torch.cat([x, conditioning], dim=1)
             inputs = torch.cat([inputs] * (len(contexts) // len(x))).to(self.dtype)
             ts = torch.full((len(inputs),), t, device=self.device)
-            output = self.unet(inputs, ts, contexts).float()
+            output: Tensor = self.unet(inputs, ts, contexts).float()
             watch.look(output, t)
             if len(output) == len(x):
                 return output
             without, with_prompt = output.chunk(2)
-            return without + job.guidance * (with_prompt - without)
+            guided: Tensor = without + settings.guidance * (with_prompt - without)
+            return guided
 
         if job.sampler == "ddim":
-            yield from ddim(model, x, schedule, job.eta, random.normal, keep)
+            yield from ddim(model, x, schedule, settings.eta, random.normal, keep)
         elif job.sampler == "pndm":
             yield from pndm(model, x, schedule, keep)
         else:
             yield from dpmpp(model, x, schedule, keep)
         watch.report()
 
-    def _contexts(self, job: Job) -> Tensor:
+    def _contexts(self, settings: Settings) -> Tensor:
         """Prompt embeddings [n, 77, D]; with guidance [2n, 77, D], the negative ones first."""
-        prompts = [job.negative_prompt, job.prompt] if job.guidance > 1 else [job.prompt]
+        prompts = [settings.negative_prompt, settings.prompt] if settings.guidance > 1 else [settings.prompt]
         rows = [encode_prompt(self.tokenizer, self.text_encoder, p).to(self.dtype) for p in prompts]
-        return torch.cat([row.expand(len(job.seeds), -1, -1) for row in rows])
+        return torch.cat([row.expand(settings.count, -1, -1) for row in rows])
 
     def _encode(self, pixels: Tensor, random: _Random) -> Tensor:
         """Scaled latents [n, 4, y, x], one draw of the VAE's posterior for each seed."""
@@ -215,7 +266,8 @@ class Painter:
         if bool(out.isfinite().all()):
             return out
         if self.dtype != torch.float32:
-            warnings.warn(f"the VAE's {part} overflowed in half precision; done again in float32", MinpaintWarning, stacklevel=2)
+            told = f"the VAE's {part} overflowed in half precision; done again in float32"
+            warnings.warn(told, MinpaintWarning, stacklevel=2)
             self.vae.float()
             try:
                 out = call(x.to(self.device)).float()
@@ -225,54 +277,11 @@ class Painter:
             raise MinpaintError(f"the VAE's {part} gave NaN or infinity; the checkpoint or the picture is damaged")
         return out
 
-    def _job(
-        self,
-        image: ImageSource,
-        mask: ImageSource,
-        prompt: str,
-        *,
-        negative_prompt: str = "",
-        steps: int = 50,
-        guidance: float = 7.5,
-        strength: float = 1.0,
-        sampler: str | None = None,
-        eta: float = 0.0,
-        seed: int = 0,
-        count: int = 1,
-        profile: str = "minpaint",
-    ) -> Job:
-        """Check everything that can be wrong with a request before any work is done."""
-        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if not isinstance(text, str):
-                raise InputError(f"{name} must be a string, not {type(text).__name__}")
-        steps = _whole("steps", steps, 1)
-        count = _whole("count", count, 1)
-        seed = _whole("seed", seed, 0)
-        if seed + count > 2**63:
-            raise InputError(f"seed {seed} is too large; use one under 2^63")
-        guidance = _number("guidance", guidance, 0, math.inf)
-        strength = _number("strength", strength, 0, 1)
-        if strength == 0:
-            raise InputError("strength 0 would leave the picture as it is; use more than 0, up to 1")
-        eta = _number("eta", eta, 0, 1)
-        if sampler is not None and sampler not in SAMPLERS:
-            raise InputError(f"sampler {sampler!r} is unknown; use {', '.join(SAMPLERS)}")
-        if profile not in PROFILES:
-            raise InputError(f"profile {profile!r} is unknown; use {', '.join(PROFILES)}")
-        chosen = sampler or self.scheduler_config.sampler
-        if eta > 0 and chosen != "ddim":
-            warnings.warn(f"eta has no effect on the sampler {chosen}, only on ddim", MinpaintWarning, stacklevel=3)
-        warm_up = sampler is None and chosen == "pndm" and not self.scheduler_config.skip_prk_steps
-        schedule = make_schedule(self.scheduler_config, chosen, steps, strength, warm_up)
-        canvas = make_canvas(open_image(image, "image"), open_image(mask, "mask"), self.vae_config.factor, profile)
-        seeds = tuple(range(seed, seed + count))
-        return Job(canvas, prompt, negative_prompt, schedule, chosen, guidance, strength, eta, seeds)
-
 
 class _Random:
     """One CPU generator a seed, so that a seed gives one picture on any device, in any batch."""
 
-    def __init__(self, seeds: tuple[int, ...], shape: tuple[int, ...], device: torch.device) -> None:
+    def __init__(self, seeds: range, shape: tuple[int, ...], device: torch.device) -> None:
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         self.shape, self.device = shape, device
 
@@ -311,22 +320,16 @@ def _blend(picture: Tensor, noise: Tensor, hole: Tensor, schedule: Schedule, x: 
     return (1 - hole) * known + hole * x
 
 
-def _whole(name: str, value: Any, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise InputError(f"{name} must be a whole number, not {value!r}") from None
-    if isinstance(value, bool) or number < least:
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < least:
         raise InputError(f"{name} must be a whole number from {least} up, not {value!r}")
-    return number
 
 
-def _number(name: str, value: Any, low: float, high: float) -> float:
+def _check_number(name: str, value: Any, most: float) -> None:
     try:
-        number = float(value)
+        fits = not isinstance(value, (bool, str)) and 0 <= float(value) <= most and math.isfinite(value)
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{name} must be a number, not {value!r}") from None
-    if isinstance(value, (bool, str)) or not math.isfinite(number) or not low <= number <= high:
-        limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"a finite number from {low:g} up"
+        fits = False
+    if not fits:
+        limits = f"a number from 0 to {most}" if math.isfinite(most) else "a finite number from 0 up"
         raise InputError(f"{name} must be {limits}, not {value!r}")
-    return number

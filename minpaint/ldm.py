@@ -7,11 +7,11 @@ single file keeps it. Without configuration files the architecture is told from 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minpaint.config import UNetConfig, VAEConfig, scheduler_config, unet_config, vae_config
+from minpaint.config import UNetConfig, VAEConfig
 from minpaint.errors import CheckpointError
 from minpaint.tensorfile import Directory, Stored, some
 

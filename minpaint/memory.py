@@ -29,10 +29,10 @@ def without_gradients(function: Function) -> Function:
 
 
 def choose_device(name: str | torch.device) -> torch.device:
-    """"auto", "cpu", "cuda" or "cuda:N" as a device; InputError if it is not there."""
+    """ "auto", "cpu", "cuda" or "cuda:N" as a device; InputError if it is not there."""
     if isinstance(name, torch.device):
         name = str(name)
-    if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+    if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
         raise InputError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
     gpus = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
     if name == "auto":
@@ -67,7 +67,7 @@ def parse_budget(budget: str | int | float | None) -> int:
     if budget is None:
         budget = DEFAULT_BUDGET
     text = str(budget).strip().lower()
-    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)", text)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([a-z]*)", text)
     if isinstance(budget, bool) or not match or match[2] not in UNITS:
         raise InputError(f"budget {budget!r} is not a size; write it like 15GiB, 800MB or 4.5GiB")
     size = int(float(match[1]) * UNITS[match[2]])
@@ -78,13 +78,8 @@ def parse_budget(budget: str | int | float | None) -> int:
 
 def format_size(size: float) -> str:
     """A number of bytes for people."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            break
-        size /= 1024
-    else:
-        unit = "GiB"
-    return f"{size:.4g} {unit}"
+    power = min(int(size).bit_length() // 10, 3)
+    return f"{size / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def check_budget(weight_count: int, dtype: torch.dtype, budget: int) -> None:

@@ -79,9 +79,7 @@ def ddim(
         yield Step(i, t, x, x0, eps)
 
 
-def pndm(
-    model: Model, x: Tensor, schedule: Schedule, keep: Keep = keep_nothing
-) -> Iterator[Step]:
+def pndm(model: Model, x: Tensor, schedule: Schedule, keep: Keep = keep_nothing) -> Iterator[Step]:
     """Pseudo numerical methods for diffusion models (Liu et al. 2022, arXiv:2202.09778).
 
     With a warm-up in the schedule: three pseudo Runge-Kutta steps (equation 13), then the
@@ -89,7 +87,9 @@ def pndm(
     diffusion runs it (ldm/models/diffusion/plms.py), where the first step is a pseudo
     improved Euler step (two calls) and the order then rises with the history.
 
-    The method combines raw network outputs, and only their combination moves x. Under
+    The method combines raw network outputs, and only their combination moves x. That is sound
+    for eps; for v, whose meaning changes with the timestep, it costs an order of convergence,
+    and is kept because the reference does the same: prefer ddim or dpmpp there. Under
     `strength` < 1 the schedule has lost its first calls and the second call still counts as
     the corrector of the first, exactly as in the reference's pipeline.
     """
@@ -144,9 +144,7 @@ def _transfer(schedule: Schedule, output: Tensor, x: Tensor, start: int, end: in
     return math.sqrt(then / now) * x - ((then - now) / divisor) * eps
 
 
-def dpmpp(
-    model: Model, x: Tensor, schedule: Schedule, keep: Keep = keep_nothing
-) -> Iterator[Step]:
+def dpmpp(model: Model, x: Tensor, schedule: Schedule, keep: Keep = keep_nothing) -> Iterator[Step]:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2).
 
     A multistep method of order 2 in the log signal-to-noise ratio lambda, over the predicted

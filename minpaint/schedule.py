@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -157,7 +158,7 @@ def _grid(config: SchedulerConfig, spacing: str, steps: int, beyond: bool) -> tu
 def _runge_kutta_calls(grid: tuple[int, ...], stride: int) -> tuple[int, ...]:
     """Three Runge-Kutta steps of four calls each: at the start, twice half-way, at the end."""
     calls: list[int] = []
-    for start, end in zip(grid[:3], grid[1:4], strict=True):
+    for start, end in pairwise(grid[:RUNGE_KUTTA_STEPS]):
         half = end + stride // 2
         calls += [start, half, half, end]
     return tuple(calls)

@@ -50,7 +50,10 @@ def load_tokenizer(folder: Path, pad_token: str | None = None) -> Any:
     if not complete and not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder}: no tokenizer here (vocab.json and merges.txt are needed)")
     try:
-        return CLIPTokenizer.from_pretrained(folder, **({"pad_token": pad_token} if pad_token else {}))
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        if pad_token is not None:
+            tokenizer.pad_token = pad_token
+        return tokenizer
     except Exception as error:  # whatever the library meets in a damaged file
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error})") from None
 
@@ -67,7 +70,8 @@ def encode_prompt(tokenizer: Any, text_encoder: nn.Module, prompt: str) -> Tenso
     whole = tokenizer(prompt, truncation=False, verbose=False).input_ids
     if len(whole) > length:
         lost = tokenizer.decode(whole[length - 1 : -1])
-        warnings.warn(f"the prompt is longer than {length - 2} tokens; cut off: {lost!r}", MinpaintWarning, stacklevel=2)
+        told = f"the prompt is longer than {length - 2} tokens; cut off: {lost!r}"
+        warnings.warn(told, MinpaintWarning, stacklevel=2)
     device = next(text_encoder.parameters()).device
     mask = None
     if getattr(text_encoder.config, "use_attention_mask", False):

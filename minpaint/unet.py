@@ -40,8 +40,8 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     flip_sin_to_cos and no frequency shift.
     """
     half = dim // 2
-    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-    angles = t[:, None].float() * frequencies[None, :]  # [b, half]
+    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t[:, None].float() * exponents.exp()[None, :]  # [b, half]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

@@ -1,0 +1,271 @@
+"""The Python contract: load, paint, step through, and be told what is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import largest_level_difference, make_mask, make_picture, relative_error
+from PIL import Image
+
+import minpaint
+from minpaint.errors import MinpaintWarning
+from minpaint.inpaint import Painter
+from minpaint.memory import choose_device, choose_dtype, parse_budget
+
+Paint = Callable[[str], Painter]
+
+
+@pytest.mark.parametrize("family", ["small-sd1", "small-sd1-4ch"])
+@pytest.mark.parametrize("options", [{}, {"strength": 0.6}, {"eta": 0.7}], ids=str)
+def test_picture_k_of_a_batch_equals_the_single_run_of_its_seed(
+    painter: Paint, picture: Image.Image, mask: Image.Image, family: str, options: dict[str, Any]
+) -> None:
+    settings = {"steps": 5, "sampler": "ddim", **options}
+    batch = painter(family)(picture, mask, "a dog", seed=7, count=3, **settings)
+    assert [painting.seed for painting in batch] == [7, 8, 9]
+    for painting in batch:
+        [single] = painter(family)(picture, mask, "a dog", seed=painting.seed, **settings)
+        assert relative_error(painting.latents, single.latents) < 1e-5
+        assert largest_level_difference(painting.image, single.image) <= 1
+    assert not torch.allclose(batch[0].latents, batch[1].latents)
+
+
+def test_one_seed_gives_one_picture(painter: Paint, picture: Image.Image, mask: Image.Image) -> None:
+    first, again = (painter("small-sd1")(picture, mask, "a dog", steps=3, seed=1)[0] for _ in range(2))
+    assert torch.equal(first.latents, again.latents)
+    torch.manual_seed(5)
+    [after] = painter("small-sd1")(picture, mask, "a dog", steps=3, seed=1)
+    assert torch.equal(first.latents, after.latents)
+
+
+def test_painting_leaves_the_global_random_state_alone(painter: Paint, picture: Image.Image, mask: Image.Image) -> None:
+    state = torch.get_rng_state()
+    painter("small-sd1")(picture, mask, "a dog", steps=2, eta=1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("family", ["small-sd1", "small-sd2", "small-v", "small-sd1-4ch"])
+def test_prompt_negative_prompt_mask_and_seed_all_matter(painter: Paint, picture: Image.Image, family: str) -> None:
+    def latents(**changed: Any) -> torch.Tensor:
+        call = {"image": picture, "mask": make_mask(), "prompt": "a dog", "steps": 3} | changed
+        return painter(family)(**call)[0].latents
+
+    base = latents()
+    for change in (
+        {"prompt": "a cat"},
+        {"negative_prompt": "x"},
+        {"mask": make_mask().transpose(Image.Transpose.FLIP_TOP_BOTTOM)},
+        {"seed": 1},
+        {"guidance": 3.0},
+        {"image": make_picture(seed=9)},
+        {"sampler": "dpmpp"},
+    ):
+        assert relative_error(latents(**change), base) > 1e-4, change
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 37), (5, 9), (130, 8)])
+def test_the_default_profile_keeps_the_size_and_every_pixel_outside_the_hole(
+    painter: Paint, size: tuple[int, int]
+) -> None:
+    image, hole = make_picture(*size), make_mask(*size)
+    [painting] = painter("small-sd1")(image, hole, "a dog", steps=2)
+    assert painting.image.size == size
+    assert painting.latents.shape == (4, -(-size[1] // 8), -(-size[0] // 8))
+    assert painting.latents.dtype == torch.float32
+    kept = Image.composite(Image.new("RGB", size), painting.image, hole.point(lambda v: 255 * (v >= 128)))
+    expected = Image.composite(Image.new("RGB", size), image, hole.point(lambda v: 255 * (v >= 128)))
+    assert kept.tobytes() == expected.tobytes()
+    assert painting.image.tobytes() != image.tobytes()
+
+
+def test_steps_yield_what_the_call_does(painter: Paint, picture: Image.Image, mask: Image.Image) -> None:
+    seen: list[int] = []
+    [painting] = painter("small-sd2")(picture, mask, "a dog", steps=4, on_step=lambda step: seen.append(step.t))
+    steps = list(painter("small-sd2").steps(picture, mask, "a dog", steps=4))
+    assert [step.i for step in steps] == list(range(len(steps)))
+    assert [step.t for step in steps] == seen
+    assert painting.steps == len(steps) == 5  # plms asks twice about its second timestep
+    assert torch.equal(steps[-1].x[0], painting.latents)
+    for step in steps:
+        assert step.x.shape == step.x0.shape == step.eps.shape == (1, 4, 8, 8)
+        assert not step.x.requires_grad
+
+
+def test_steps_leave_the_callers_gradients_on(painter: Paint, picture: Image.Image, mask: Image.Image) -> None:
+    for _ in painter("small-sd1").steps(picture, mask, "a dog", steps=2):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_the_networks_are_at_hand(painter: Paint) -> None:
+    ours = painter("small-sd1")
+    with torch.inference_mode():
+        mean, logvar = ours.vae.encode(torch.zeros(1, 3, 64, 48))
+        assert mean.shape == logvar.shape == (1, 4, 8, 6)
+        assert ours.vae.decode(mean).shape == (1, 3, 64, 48)
+        context = ours.text_encoder(torch.tensor([ours.tokenizer("hi", padding="max_length").input_ids]))[0]
+        assert ours.unet(torch.zeros(2, 9, 8, 6), torch.tensor([1, 2]), context.expand(2, -1, -1)).shape == (2, 4, 8, 6)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", torch.float16])
+def test_half_precision_stays_near_full_precision(
+    checkpoint: Callable[[str], Path], painter: Paint, picture: Image.Image, mask: Image.Image, dtype: Any
+) -> None:
+    half = minpaint.load(checkpoint("small-sd1"), device="cpu", dtype=dtype)
+    assert {p.dtype for p in half.unet.parameters()} == {half.dtype}
+    [a] = half(picture, mask, "a dog", steps=4)
+    [b] = painter("small-sd1")(picture, mask, "a dog", steps=4)
+    assert a.latents.dtype == torch.float32
+    assert relative_error(a.latents, b.latents) < (0.05 if dtype == "bf16" else 0.01)
+
+
+def test_a_vae_that_overflows_is_run_again_in_float32(
+    checkpoint: Callable[[str], Path], picture: Image.Image, mask: Image.Image
+) -> None:
+    half, full = (minpaint.load(checkpoint("small-sd1"), device="cpu", dtype=d) for d in ("fp16", "fp32"))
+    for ours in (half, full):  # beyond 65504 inside, back to normal at the end
+        ours.vae.decoder.conv_in.weight.data = ours.vae.decoder.conv_in.weight * 100
+        ours.vae.decoder.conv_in.bias.data = ours.vae.decoder.conv_in.bias + 60000
+    with pytest.warns(MinpaintWarning, match="decoder overflowed"):
+        [a] = half(picture, mask, "a dog", steps=2)
+    [b] = full(picture, mask, "a dog", steps=2)
+    assert {p.dtype for p in half.vae.parameters()} == {torch.float16}
+    assert largest_level_difference(a.image, b.image) <= 12  # half-precision latents, full-precision decoding
+
+
+def test_a_network_that_gives_nan_is_an_error(
+    checkpoint: Callable[[str], Path], picture: Image.Image, mask: Image.Image
+) -> None:
+    ours = minpaint.load(checkpoint("small-sd1"), device="cpu")
+    ours.unet.conv_out.bias.data = torch.full((4,), float("nan"))
+    with pytest.raises(minpaint.MinpaintError, match="UNet gave NaN"):
+        ours(picture, mask, "a dog", steps=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "culprit"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps": -3}, "steps"),
+        ({"steps": 2.5}, "steps"),
+        ({"steps": "4"}, "steps"),
+        ({"steps": True}, "steps"),
+        ({"steps": 1001}, "steps 1001"),
+        ({"guidance": math.nan}, "guidance"),
+        ({"guidance": math.inf}, "guidance"),
+        ({"guidance": -1}, "guidance"),
+        ({"guidance": None}, "guidance"),
+        ({"strength": 0}, "strength"),
+        ({"strength": 1.01}, "strength"),
+        ({"strength": math.nan}, "strength"),
+        ({"strength": 0.01}, "strength"),
+        ({"eta": -0.1}, "eta"),
+        ({"eta": 2}, "eta"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"count": 0}, "count"),
+        ({"sampler": "euler"}, "euler"),
+        ({"profile": "other"}, "other"),
+        ({"prompt": None}, "prompt"),
+        ({"negative_prompt": ["a"]}, "negative_prompt"),
+        ({"image": "nowhere.png"}, "nowhere.png"),
+        ({"mask": Image.new("L", (64, 64))}, "nothing to paint"),
+        ({"mask": Image.new("L", (64, 32), 255)}, "64x32"),
+        ({"image": Image.new("RGB", (0, 0))}, "empty"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_in_one_line(
+    painter: Paint, picture: Image.Image, mask: Image.Image, change: dict[str, Any], culprit: str
+) -> None:
+    call = {"image": picture, "mask": mask, "prompt": "a dog", "steps": 4} | change
+    with pytest.raises(minpaint.InputError, match=culprit) as caught:
+        painter("small-sd1")(**call)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(minpaint.InputError, match=culprit):
+        painter("small-sd1").steps(**call)  # refused at once, not at the first step
+
+
+def test_eta_without_effect_is_said(painter: Paint, picture: Image.Image, mask: Image.Image) -> None:
+    with pytest.warns(MinpaintWarning, match="eta has no effect"):
+        painter("small-sd1")(picture, mask, "a dog", steps=2, sampler="pndm", eta=0.5)
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_said(painter: Paint, picture: Image.Image, mask: Image.Image) -> None:
+    long = "x" * 100
+    with pytest.warns(MinpaintWarning, match="cut off"):
+        [a] = painter("small-sd1")(picture, mask, long, steps=2)
+    [b] = painter("small-sd1")(picture, mask, long[:75], steps=2)
+    assert relative_error(a.latents, b.latents) < 1e-2  # but for the last letter's end-of-word mark
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"device": "gpu"},
+        {"device": "cuda:99"},
+        {"device": 0},
+        {"dtype": "fp8"},
+        {"dtype": torch.int8},
+        {"model": ""},
+        {"model": "no-such-model"},
+        {"model": 5},
+        {"budget": "lots"},
+        {"budget": "0"},
+        {"budget": -1},
+    ],
+    ids=str,
+)
+def test_load_refuses_bad_arguments(checkpoint: Callable[[str], Path], bad: dict[str, Any]) -> None:
+    with pytest.raises(minpaint.InputError) as caught:
+        minpaint.load(**({"model": checkpoint("small-sd1")} | bad))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_budget_under_the_weights_is_refused(checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(minpaint.BudgetError, match="1 MiB"):
+        minpaint.load(checkpoint("small-sd1"), budget="1MiB")
+
+
+def test_errors_are_of_one_family() -> None:
+    for kind in (minpaint.InputError, minpaint.CheckpointError, minpaint.BudgetError):
+        assert issubclass(kind, minpaint.MinpaintError)
+        assert issubclass(kind, ValueError)
+    assert str(minpaint.MinpaintError("two\nlines")) == "two lines"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("15GiB", 15 * 2**30),
+        ("512 MiB", 512 * 2**20),
+        ("4GB", 4 * 10**9),
+        ("2.5g", 2_500_000_000),
+        (1000, 1000),
+        ("1000", 1000),
+        ("8 kb", 8000),
+        ("100b", 100),
+        (None, 15 * 2**30),
+    ],
+)
+def test_budgets_are_sizes(text: Any, size: int) -> None:
+    assert parse_budget(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "0.1b", "1 2", "1e9", "nan", "inf", "15 gibs", True, "١GiB"])
+def test_other_budgets_are_refused(text: Any) -> None:
+    with pytest.raises(minpaint.InputError, match="budget"):
+        parse_budget(text)
+
+
+def test_auto_is_float32_on_a_cpu() -> None:
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+    assert choose_dtype("auto", torch.device("cuda")) == torch.float16
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type in ("cpu", "cuda")
