@@ -123,7 +123,9 @@ def _paint(options: argparse.Namespace) -> None:
 
     # the libraries' own chatter stays off the terminal; our warnings come as one line each
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if options.quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from minpaint import load
     from minpaint.image import open_image
     from minpaint.inpaint import Settings

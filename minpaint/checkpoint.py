@@ -44,6 +44,7 @@ from minpaint.text import build_text_encoder, load_tokenizer
 from minpaint.unet import UNet
 from minpaint.vae import VAE
 
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")  # of files, not of hub ids like owner/sd-2.1
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # diffusers/models/autoencoders/autoencoder_kl.py: attention names before version 0.12
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -110,7 +111,7 @@ def describe(model: str | Path, half: bool = False, config: str | Path | None = 
         return _describe_folder(path, str(model), half)
     if path.exists():
         return _describe_file(path, str(model), config)
-    if match and not path.suffix and not str(model).startswith((".", "~", "/")):
+    if match and path.suffix not in WEIGHT_SUFFIXES and not str(model).startswith((".", "~", "/")):
         return _describe_folder(hub.fetch(match["repository"], match["revision"], half), str(model), half)
     if str(model) == "tiny":
         raise ModelNotFoundError("model tiny: this version brings no weights yet; use --model sd15, sd2 or a folder")
@@ -208,7 +209,7 @@ def _open_component(folder: Path, component: str, names: set[str], half: bool) -
     name = hub.choose_weights(names, component, half)
     if name is None:
         inside = sorted(n for n in names if n.startswith(f"{component}/") and not n.endswith(".json"))
-        pickles = [Path(n).name for n in inside if n.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+        pickles = [Path(n).name for n in inside if n.endswith(WEIGHT_SUFFIXES[1:])]
         there = f"only pickles, which are never opened: {', '.join(pickles)}" if pickles else "none found"
         raise CheckpointError(f"{folder / component}: safetensors weights are missing ({there})")
     path = folder / name
@@ -272,7 +273,8 @@ def _fill(model: nn.Module, directory: Directory, component: str, device: torch.
     """Put every tensor in its place, as a view of the mapped file where nothing has to change."""
     for name, tensor in read_tensors(directory):
         tensor = tensor.to(device).to(dtype)
-        if not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(tensor.isfinite().all()):
+        lowest, highest = torch.aminmax(tensor)  # one quick pass, and NaN comes through it
+        if not bool(lowest.isfinite() & highest.isfinite()):
             stored = directory[name]
             raise CheckpointError(
                 f"{component} ({stored.file.name}): {stored.key} holds NaN or infinity; fetch the file again"

@@ -58,5 +58,4 @@ def to_image(pixels: Tensor) -> Image.Image:
     """[3, Y, X] in [-1, 1], clamped to it, as an RGB picture."""
     levels = ((pixels.float().cpu() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     height, width = levels.shape[1:]
-    data = bytes(levels.permute(1, 2, 0).contiguous().flatten().tolist())
-    return Image.frombytes("RGB", (width, height), data)
+    return Image.frombytes("RGB", (width, height), levels.permute(1, 2, 0).contiguous().numpy().tobytes())

@@ -168,7 +168,7 @@ class Painter:
             if on_step is not None:
                 on_step(step)
         return [
-            Painting(self._decode(job, z), z.cpu(), seed, len(job.schedule.timesteps))
+            Painting(self._decode(job, z), z.cpu().clone(), seed, len(job.schedule.timesteps))
             for z, seed in zip(latents, settings.seeds, strict=True)
         ]
 

@@ -73,7 +73,7 @@ def make_canvas(image: Image.Image, mask: Image.Image, factor: int, profile: str
     else:
         original = image if image.mode in KEPT_MODES else image.convert("RGB")
         hole = _hole(mask.resize(image.size, Image.Resampling.LANCZOS))
-        cover = Image.frombytes("L", image.size, bytes((hole * 255).to(torch.uint8).flatten().tolist()))
+        cover = Image.frombytes("L", image.size, (hole * 255).to(torch.uint8).numpy().tobytes())
         canvas = Canvas(mirror(to_pixels(image), factor), mirror(hole, factor), original, cover)
     if not bool(canvas.hole.any()):
         raise InputError("the mask has nothing to paint: no pixel is white (grey level 128 or more)")
