@@ -24,6 +24,7 @@ from minpaint.config import (
     VAEConfig,
     read_json,
     scheduler_config,
+    text_config,
     unet_config,
     vae_config,
 )
@@ -99,7 +100,7 @@ def describe(model: str | Path, half: bool = False, config: str | Path | None = 
     """
     if not isinstance(model, (str, Path)) or not str(model):
         raise InputError(f"model {model!r} is not a name, a hub id, a folder or a file")
-    path = Path(model).expanduser()
+    path = _expand(model)
     known = hub.catalogue()
     match = HUB_ID.fullmatch(str(model))
     if config is not None and not path.is_file():
@@ -141,6 +142,16 @@ def build(description: Description, device: torch.device, dtype: torch.dtype) ->
     )
 
 
+def _expand(path: str | Path) -> Path:
+    """A path with ~ expanded; InputError where the system cannot take it."""
+    try:
+        expanded = Path(path).expanduser()
+        expanded.is_dir()
+    except (OSError, RuntimeError, TypeError) as error:
+        raise InputError(f"path {str(path)[:200]!r} cannot be used ({str(error)[:200]})") from None
+    return expanded
+
+
 def _describe_folder(folder: Path, name: str, half: bool) -> Description:
     configs = _read_configs(folder)
     names = hub.file_names(folder)
@@ -161,7 +172,7 @@ def _describe_file(path: Path, name: str, config: str | Path | None) -> Descript
             f"for a part of one in diffusers layout give the folder"
         )
     if config is not None:
-        folder = Path(config).expanduser()
+        folder = _expand(config)
         if not folder.is_dir():
             raise InputError(f"config {folder}: no such folder")
         configs = _read_configs(folder)
@@ -175,13 +186,15 @@ def _describe_file(path: Path, name: str, config: str | Path | None) -> Descript
                 stacklevel=2,
             )
         configs = _parse_configs(told.unet, told.vae, told.text_encoder, told.scheduler)
-    parts = ldm.split(directory, configs.unet, configs.vae, path)
+    parts = ldm.split(directory, configs.unet, configs.vae, configs.text["num_hidden_layers"], path)
     pad = "!" if parts.open_clip else None  # OpenCLIP pads with zeros, and 0 is "!"
     places = [Path(config).expanduser() / "tokenizer"] if config is not None else []
     places += [path.parent / "tokenizer", path.parent]
 
     def tokenizer() -> Any:
-        found = [place for place in places if (place / "vocab.json").is_file()]
+        found = [
+            place for place in places if any((place / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+        ]
         return load_tokenizer(found[0] if found else hub.fetch_tokenizer(), pad)
 
     directories = {"unet": parts.unet, "vae": parts.vae, "text_encoder": parts.text_encoder}
@@ -192,7 +205,7 @@ def _describe_file(path: Path, name: str, config: str | Path | None) -> Descript
 class _Configs:
     unet: UNetConfig
     vae: VAEConfig
-    text: Json
+    text: Json  # complete and checked
     scheduler: SchedulerConfig
 
 
@@ -201,7 +214,7 @@ def _read_configs(folder: Path) -> _Configs:
 
 
 def _parse_configs(unet: Json, vae: Json, text: Json, scheduler: Json) -> _Configs:
-    return _Configs(unet_config(unet), vae_config(vae), text, scheduler_config(scheduler))
+    return _Configs(unet_config(unet), vae_config(vae), text_config(text), scheduler_config(scheduler))
 
 
 def _open_component(folder: Path, component: str, names: set[str], half: bool) -> Directory:
@@ -220,16 +233,21 @@ def _match(name: str, configs: _Configs, parts: dict[str, Directory], tokenizer:
     """Rename what needs it and hold every tensor against the models, both ways."""
     with torch.device("meta"):
         models = {"unet": UNet(configs.unet), "vae": VAE(configs.vae), "text_encoder": build_text_encoder(configs.text)}
-    if configs.unet.context_dim != configs.text.get("hidden_size"):
+    if configs.unet.context_dim != configs.text["hidden_size"]:
         raise CheckpointError(
             f"unet/config.json: cross_attention_dim {configs.unet.context_dim} does not fit the text encoder's "
-            f"hidden_size {configs.text.get('hidden_size')}"
+            f"hidden_size {configs.text['hidden_size']}"
         )
     renames: dict[str, Callable[[str], str]] = {"unet": str, "vae": _new_vae_name, "text_encoder": _plain_text_name}
     matched = {}
     for component, model in models.items():
         rename = renames[component]
-        stored = {rename(key): entry for key, entry in parts[component].items() if not _is_counter(key)}
+        stored: dict[str, Stored] = {}
+        for key, entry in parts[component].items():
+            if rename(key) in stored:
+                raise CheckpointError(f"{component} ({entry.file.name}): {rename(key)} is stored under two names")
+            if not _is_counter(key):
+                stored[rename(key)] = entry
         wanted = {rename(key): key for key in model.state_dict() if not _is_counter(key)}
         matched[component] = _hold_against(component, stored, wanted, model.state_dict())
     return Description(
@@ -272,13 +290,15 @@ def _hold_against(
 def _fill(model: nn.Module, directory: Directory, component: str, device: torch.device, dtype: torch.dtype) -> None:
     """Put every tensor in its place, as a view of the mapped file where nothing has to change."""
     for name, tensor in read_tensors(directory):
-        tensor = tensor.to(device).to(dtype)
+        read = tensor.to(device)
+        tensor = read.to(dtype)
         lowest, highest = torch.aminmax(tensor)  # one quick pass, and NaN comes through it
         if not bool(lowest.isfinite() & highest.isfinite()):
             stored = directory[name]
-            raise CheckpointError(
-                f"{component} ({stored.file.name}): {stored.key} holds NaN or infinity; fetch the file again"
-            )
+            fault = "holds NaN or infinity; fetch the file again"
+            if bool(read.isfinite().all()):
+                fault = f"is beyond what {str(dtype).removeprefix('torch.')} can hold; choose another --dtype"
+            raise CheckpointError(f"{component} ({stored.file.name}): {stored.key} {fault}")
         assign(model, name, tensor)
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta and _is_counter(name):  # 0, 1, 2, ...: computed, not learned

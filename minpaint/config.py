@@ -18,6 +18,8 @@ from minpaint.errors import CheckpointError
 
 Json = Mapping[str, Any]
 
+LARGEST = 2**20  # of any count; beyond, shapes overflow before they are compared with the file's
+
 ATTENTION_BLOCKS = {"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"}
 PLAIN_BLOCKS = {"DownBlock2D", "UpBlock2D"}
 
@@ -61,10 +63,9 @@ VAE_FIXED: Json = {
 VAE_WITHOUT_EFFECT = {"sample_size", "force_upcast"}
 
 # diffusers/schedulers/scheduling_{ddim,pndm,dpmsolver_multistep}.py, __init__
+NOISE_FIXED: Json = {"trained_betas": None, "rescale_betas_zero_snr": False}  # whatever the class
 SCHEDULER_FIXED: Json = {
-    "trained_betas": None,
     "thresholding": False,
-    "rescale_betas_zero_snr": False,
     "solver_order": 2,
     "solver_type": "midpoint",
     "algorithm_type": "dpmsolver++",
@@ -164,7 +165,8 @@ class _Keys:
         self.file = file
 
     def refuse(self, key: str, value: object, supported: str) -> CheckpointError:
-        return CheckpointError(f"{self.file}: {key} {value!r} is not supported ({supported})")
+        shown = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]}..."
+        return CheckpointError(f"{self.file}: {key} {shown} is not supported ({supported})")
 
     def take(self, key: str, default: Any, kind: type | tuple[type, ...]) -> Any:
         value = self.left.pop(key, None)
@@ -178,8 +180,8 @@ class _Keys:
 
     def count(self, key: str, default: int | None = None) -> int:
         value = self.take(key, default, int)
-        if value < 1:
-            raise self.refuse(key, value, "must be at least 1")
+        if not 1 <= value <= LARGEST:
+            raise self.refuse(key, value, f"must be 1 to {LARGEST}")
         return int(value)
 
     def counts(self, key: str, levels: int | None, default: Any = None) -> tuple[int, ...]:
@@ -188,7 +190,7 @@ class _Keys:
         values = (value,) * levels if levels and isinstance(value, int) else value
         if not isinstance(values, (list, tuple)) or not values or len(values) != (levels or len(values)):
             raise self.refuse(key, value, f"{levels or 'some'} levels" if levels else "a list")
-        if any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
+        if any(not isinstance(v, int) or isinstance(v, bool) or not 1 <= v <= LARGEST for v in values):
             raise self.refuse(key, value, "positive whole numbers")
         return tuple(values)
 
@@ -228,7 +230,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{name} is missing in {path.parent}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable JSON file ({error})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object")
@@ -298,6 +300,32 @@ def vae_config(source: Json, file: str = "vae/config.json") -> VAEConfig:
     return config
 
 
+def text_config(source: Json, file: str = "text_encoder/config.json") -> dict[str, Any]:
+    """The settings of transformers' CLIPTextModel; CheckpointError names a key that is not supported.
+
+    The other keys of the file concern training and other models (transformers/models/clip).
+    """
+    keys = _Keys(source, file)
+    kinds = keys.take("architectures", ["CLIPTextModel"], list) or ["CLIPTextModel"]
+    if "CLIPTextModel" not in kinds:
+        raise keys.refuse("architectures", kinds, "only CLIPTextModel")
+    keys.choice("model_type", "clip_text_model", ("clip_text_model",))
+    config = {
+        "hidden_act": keys.choice("hidden_act", "quick_gelu", ("quick_gelu", "gelu")),
+        "hidden_size": keys.count("hidden_size", 512),
+        "intermediate_size": keys.count("intermediate_size", 2048),
+        "layer_norm_eps": keys.number("layer_norm_eps", 1e-5),
+        "max_position_embeddings": keys.count("max_position_embeddings", 77),
+        "num_attention_heads": keys.count("num_attention_heads", 8),
+        "num_hidden_layers": keys.count("num_hidden_layers", 12),
+        "vocab_size": keys.count("vocab_size", 49408),
+        "use_attention_mask": keys.take("use_attention_mask", False, bool),
+    }
+    if config["hidden_size"] % config["num_attention_heads"]:
+        raise keys.refuse("num_attention_heads", config["num_attention_heads"], "must divide hidden_size")
+    return config
+
+
 def scheduler_config(source: Json, file: str = "scheduler/scheduler_config.json") -> SchedulerConfig:
     """SchedulerConfig from the reference's JSON; CheckpointError names an unsupported key.
 
@@ -330,6 +358,7 @@ def scheduler_config(source: Json, file: str = "scheduler/scheduler_config.json"
         raise keys.refuse("steps_offset", config.steps_offset, "must not be negative")
     if config.beta_end >= 1:
         raise keys.refuse("beta_end", config.beta_end, "must be under 1")
+    keys.fixed(NOISE_FIXED, set())
     if class_name in SAMPLER_OF_CLASS:  # keys of other classes concern samplers that are not here
         keys.fixed(SCHEDULER_FIXED, SCHEDULER_WITHOUT_EFFECT)
         keys.nothing_else()

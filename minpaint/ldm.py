@@ -58,7 +58,7 @@ def is_single_file(directory: Directory) -> bool:
     return any(key.startswith(UNET) for key in directory)
 
 
-def split(directory: Directory, unet: UNetConfig, vae: VAEConfig, path: Path) -> SingleFile:
+def split(directory: Directory, unet: UNetConfig, vae: VAEConfig, text_layers: int, path: Path) -> SingleFile:
     """The parts of a single file under official names; CheckpointError for keys of no part."""
     left = {key: stored for key, stored in directory.items() if not IGNORED.fullmatch(key)}
     unet_names = _unet_names(unet)
@@ -72,7 +72,7 @@ def split(directory: Directory, unet: UNetConfig, vae: VAEConfig, path: Path) ->
             square = ".attentions." in name and len(stored.shape) == 4  # 1x1 convolutions of old
             parts["vae"][name] = stored.squeezed(stored.shape[:2]) if square else stored
     open_clip = any(key.startswith(OPEN_CLIP) for key in left)
-    text = _open_clip(left) if open_clip else _clip(left)
+    text = _open_clip(left, text_layers) if open_clip else _clip(left)
     if left:
         raise CheckpointError(f"{path}: tensors that belong to no part of the model: {some(list(left))}")
     return SingleFile(parts["unet"], parts["vae"], text, open_clip)
@@ -147,9 +147,8 @@ def _clip(left: dict[str, Stored]) -> dict[str, Stored]:
     return {key.removeprefix(CLIP): left.pop(key) for key in list(left) if key.startswith(CLIP)}
 
 
-def _open_clip(left: dict[str, Stored]) -> dict[str, Stored]:
+def _open_clip(left: dict[str, Stored], layers: int) -> dict[str, Stored]:
     """Take SD 2's text encoder: split fused q/k/v, and drop the last layer, which SD 2 never ran."""
-    layers = _open_clip_layers(left)
     places = {
         "positional_embedding": "embeddings.position_embedding.weight",
         "token_embedding.weight": "embeddings.token_embedding.weight",
@@ -176,9 +175,14 @@ def _open_clip(left: dict[str, Stored]) -> dict[str, Stored]:
 
 
 def _open_clip_layers(directory: Directory) -> int:
-    """Layers that are used: one less than there are."""
+    """Layers that are used: one less than there are, but 23 where a converter wrote only those.
+
+    OpenCLIP's ViT-H has 24; diffusers' scripts/convert_diffusers_to_original_stable_diffusion.py
+    leaves the last one out.
+    """
     numbers = re.findall(rf"{re.escape(OPEN_CLIP)}transformer\.resblocks\.(\d+)\.", "\n".join(directory))
-    return max(map(int, numbers), default=0)
+    last = max(map(int, numbers), default=0)
+    return 23 if last == 22 else last
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,7 @@ def tell_configuration(directory: Directory, path: Path) -> Told:
         open_clip = any(key.startswith(OPEN_CLIP) for key in directory)
         text = _tell_open_clip(directory) if open_clip else _tell_clip(directory)
         vae = _tell_vae(directory)
-    except (KeyError, IndexError, StopIteration):
+    except (KeyError, IndexError, ValueError):
         raise CheckpointError(
             f"{path}: the architecture cannot be told from its tensors; is it a Stable Diffusion 1 or 2 "
             f"checkpoint? A folder of configuration files can be given with --config"

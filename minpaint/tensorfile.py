@@ -6,6 +6,7 @@ Nothing else is ever opened as weights: pickles are recognised only to be refuse
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,7 +36,9 @@ class Stored:
     rows: tuple[int, int] | None = None
 
     def part(self, index: int, parts: int) -> Stored:
-        """One of `parts` equal ranges of rows."""
+        """One of `parts` equal ranges of rows; itself, and so misshapen, where they are not equal."""
+        if not self.shape or self.shape[0] % parts:
+            return self
         height = self.shape[0] // parts
         return replace(self, shape=(height, *self.shape[1:]), rows=(index * height, (index + 1) * height))
 
@@ -74,11 +77,10 @@ def read_shards(index: Path, content: Mapping[str, Any]) -> dict[str, Stored]:
     for name in sorted(set(map(str, weight_map.values()))):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index}: {name!r} is not a safetensors file beside it")
-        directory.update(read_directory(index.parent / name))
-    unlike = [key for key in {*weight_map, *directory} if key not in weight_map or key not in directory]
-    moved = [key for key in weight_map if key in directory and directory[key].file.name != weight_map[key]]
-    if unlike or moved:
-        raise CheckpointError(f"{index}: does not agree with its files about {some(unlike + moved)}")
+        found = read_directory(index.parent / name)
+        if unlike := found.keys() ^ {key for key in weight_map if weight_map[key] == name}:
+            raise CheckpointError(f"{index}: does not agree with {name} about {some(list(unlike))}")
+        directory.update(found)
     return directory
 
 
@@ -133,8 +135,9 @@ def refuse_disguise(path: Path, start: bytes) -> None:
         raise CheckpointError(f"{path}: empty file; fetch it again")
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path}: a Git LFS pointer, not the weights; run git lfs pull")
-    # a zip archive is PyTorch's newer pickle; protocol 2 to 5 begin its older one
-    if start.startswith(b"PK\x03\x04") or (start[0] == 0x80 and 2 <= start[1:2][0] <= 5 if len(start) > 1 else False):
+    # a zip archive is PyTorch's newer pickle; protocol 2 to 5 begin its older one. A header's length
+    # may begin with the same bytes, but then the header follows.
+    if start[8:9] != b"{" and re.match(rb"PK\x03\x04|\x80[\x02-\x05]", start):
         raise CheckpointError(f"{path}: a pickle, which can run code when opened; get safetensors weights")
 
 

@@ -22,21 +22,13 @@ TOKENIZER_FILES = (
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def build_text_encoder(config: Json, file: str = "text_encoder/config.json") -> nn.Module:
-    """A CLIPTextModel as its JSON configuration describes it, on torch's default device."""
+def build_text_encoder(config: Json) -> nn.Module:
+    """A CLIPTextModel from config.text_config's settings, on torch's default device."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    kinds = config.get("architectures") or ["CLIPTextModel"]
-    if "CLIPTextModel" not in kinds or config.get("model_type", "clip_text_model") != "clip_text_model":
-        raise CheckpointError(f"{file}: architectures {kinds!r} is not supported (only CLIPTextModel)")
     # The numbers of special tokens in the official files are those of another vocabulary;
     # they concern a pooled output that is not used here.
-    unused = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype")
-    settings = {key: value for key, value in config.items() if key not in unused}
-    try:
-        return CLIPTextModel(CLIPTextConfig(**settings, bos_token_id=0, eos_token_id=0, pad_token_id=0))
-    except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{file}: CLIPTextModel does not accept this configuration ({error})") from None
+    return CLIPTextModel(CLIPTextConfig(**config, bos_token_id=0, eos_token_id=0, pad_token_id=0))
 
 
 def load_tokenizer(folder: Path, pad_token: str | None = None) -> Any:
@@ -53,9 +45,12 @@ def load_tokenizer(folder: Path, pad_token: str | None = None) -> Any:
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         if pad_token is not None:
             tokenizer.pad_token = pad_token
-        return tokenizer
+        length = int(tokenizer.model_max_length)
     except Exception as error:  # whatever the library meets in a damaged file
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error})") from None
+    if length < 3:
+        raise CheckpointError(f"{folder}: the tokenizer's model_max_length {length} leaves no room for a prompt")
+    return tokenizer
 
 
 def encode_prompt(tokenizer: Any, text_encoder: nn.Module, prompt: str) -> Tensor:
@@ -67,6 +62,9 @@ def encode_prompt(tokenizer: Any, text_encoder: nn.Module, prompt: str) -> Tenso
     positions = int(text_encoder.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
     length = min(int(tokenizer.model_max_length), positions)
     ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
+    known = int(text_encoder.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    if max(ids) >= known:
+        raise CheckpointError(f"tokenizer: token {max(ids)} is not among the {known} that the text encoder knows")
     whole = tokenizer(prompt, truncation=False, verbose=False).input_ids
     if len(whole) > length:
         lost = tokenizer.decode(whole[length - 1 : -1])

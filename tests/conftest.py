@@ -7,7 +7,8 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,15 @@ def make_mask(width: int = 64, height: int = 64) -> Image.Image:
     return mask
 
 
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Small models are slowed down by threads, and much so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if "full_size" in request.keywords else 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def picture() -> Image.Image:
     return make_picture()
@@ -91,3 +101,19 @@ def painter(checkpoint: Callable[[str], Path]) -> Callable[[str], Painter]:
         return made[family]
 
     return load
+
+
+@pytest.fixture
+def copy(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A family's checkpoint in a folder of the test's own, to be changed; weights by `edit` only."""
+
+    def link_or_copy(source: str, target: str) -> None:
+        (os.link if source.endswith(".safetensors") else shutil.copy)(source, target)
+
+    return lambda family: Path(shutil.copytree(checkpoint(family), tmp_path / family, copy_function=link_or_copy))
+
+
+@pytest.fixture
+def broken(copy: Callable[[str], Path]) -> Path:
+    """A checkpoint to be broken."""
+    return copy("small-sd1-4ch")

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minpaint.config import unet_config, vae_config
+from minpaint.config import text_config, unet_config, vae_config
 from minpaint.text import END, START, build_text_encoder
 from minpaint.unet import UNet
 from minpaint.vae import VAE
@@ -181,7 +181,7 @@ def write_checkpoint(
         models = {
             "unet": UNet(unet_config(configs["unet"])),
             "vae": VAE(vae_config(configs["vae"])),
-            "text_encoder": build_text_encoder(configs["text_encoder"]),
+            "text_encoder": build_text_encoder(text_config(configs["text_encoder"])),
         }
     for number, (component, model) in enumerate(models.items()):
         place = folder / component
@@ -193,7 +193,8 @@ def write_checkpoint(
             tensors = {f"text_model.{key.removeprefix('text_model.')}": t for key, t in tensors.items()}
             positions = configs[component]["max_position_embeddings"]
             tensors["text_model.embeddings.position_ids"] = torch.arange(positions)[None]
-        save_file(tensors, place / f"{base}{f'.{variant}' if variant else ''}.safetensors")
+        file = place / f"{base}{f'.{variant}' if variant else ''}.safetensors"
+        save_file(tensors, file, {"format": "pt"})  # older transformers ask for the mark
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(configs["scheduler"], indent=2))
     sd2 = configs["unet"].get("use_linear_projection", False)
