@@ -129,12 +129,12 @@ def _paint(options: argparse.Namespace) -> None:
     from minpaint import load
     from minpaint.image import open_image
     from minpaint.inpaint import Settings
-    from minpaint.mask import check_shape
+    from minpaint.mask import check_mask
 
     # all that is cheap to find out comes before the weights
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     image, mask = open_image(options.image, "image"), open_image(options.mask, "mask")
-    check_shape(image, mask)
+    check_mask(image, mask)
     with warnings.catch_warnings(), _Progress(options.quiet) as progress:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", MinpaintWarning)

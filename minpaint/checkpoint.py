@@ -162,8 +162,7 @@ def _describe_folder(folder: Path, name: str, half: bool) -> Description:
 
 def _describe_file(path: Path, name: str, config: str | Path | None) -> Description:
     if path.suffix != ".safetensors":
-        with path.open("rb") as file:
-            refuse_disguise(path, file.read(64))
+        refuse_disguise(path)
         raise CheckpointError(f"{path}: not a .safetensors file, the only kind of weights that is opened")
     directory = read_directory(path)
     if not ldm.is_single_file(directory):

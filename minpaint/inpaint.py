@@ -198,28 +198,27 @@ class Painter:
     def _denoise(self, job: Job) -> Iterator[Step]:
         """Text, encode, denoise. The order of the random draws is part of the contract."""
         canvas, schedule, settings = job.canvas, job.schedule, job.settings
-        random = _Random(
-            settings.seeds, (4, *(n // self.vae_config.factor for n in canvas.pixels.shape[2:])), self.device
-        )
+        factor, inpainting = self.vae_config.factor, self.unet_config.in_channels == 9
+        random = _Random(settings.seeds, (4, *(n // factor for n in canvas.hole.shape[2:])), self.device)
+        hole = canvas.latent_hole(factor).to(self.device).expand(settings.count, -1, -1, -1)
         contexts = self._contexts(settings)
+        watch = _Watch(self.dtype)
 
-        nine_channels = self.unet_config.in_channels == 9
         picture = None
-        if settings.strength < 1 or not nine_channels:
+        if settings.strength < 1 or not inpainting:
             picture = self._encode(canvas.pixels, random)  # [n, 4, y, x]
         noise = random.normal()
-        masked = self._encode(canvas.masked_pixels, random) if nine_channels else random.normal()
-        hole = canvas.latent_hole(self.vae_config.factor).to(self.device).expand(settings.count, -1, -1, -1)
+        conditioning = None
+        if inpainting:
+            conditioning = torch.cat([hole, self._encode(canvas.masked_pixels, random)], dim=1)  # [n, 5, y, x]
+        else:
+            random.normal()  # the reference's draw for a masked picture that it then has no use for
 
-        x = noise
+        x, keep = noise, keep_nothing
         if picture is not None and settings.strength < 1:
             x = schedule.add_noise(picture, noise, schedule.timesteps[0])
-
-        conditioning = torch.cat([hole, masked], dim=1) if nine_channels else None  # [n, 5, y, x]
-        keep = keep_nothing
-        if picture is not None and not nine_channels:
+        if picture is not None and not inpainting:
             keep = partial(_blend, picture, noise, hole, schedule)
-        watch = _Watch(self.dtype)
 
         def model(x: Tensor, t: int) -> Tensor:
             inputs = x if conditioning is None else torch.cat([x, conditioning], dim=1)
@@ -244,8 +243,10 @@ class Painter:
     def _contexts(self, settings: Settings) -> Tensor:
         """Prompt embeddings [n, 77, D]; with guidance [2n, 77, D], the negative ones first."""
         prompts = [settings.negative_prompt, settings.prompt] if settings.guidance > 1 else [settings.prompt]
-        rows = [encode_prompt(self.tokenizer, self.text_encoder, p).to(self.dtype) for p in prompts]
-        return torch.cat([row.expand(settings.count, -1, -1) for row in rows])
+        rows = torch.cat([encode_prompt(self.tokenizer, self.text_encoder, prompt) for prompt in prompts])
+        if not bool(rows.isfinite().all()):
+            raise MinpaintError(f"the text encoder gave NaN or infinity; {_way_out(self.dtype)}")
+        return rows.to(self.dtype).repeat_interleave(settings.count, dim=0)
 
     def _encode(self, pixels: Tensor, random: _Random) -> Tensor:
         """Scaled latents [n, 4, y, x], one draw of the VAE's posterior for each seed."""
@@ -274,7 +275,7 @@ class Painter:
             finally:
                 self.vae.to(self.dtype)
         if not bool(out.isfinite().all()):
-            raise MinpaintError(f"the VAE's {part} gave NaN or infinity; the checkpoint or the picture is damaged")
+            raise MinpaintError(f"the VAE's {part} gave NaN or infinity; {_way_out(torch.float32)}")
         return out
 
 
@@ -305,10 +306,12 @@ class _Watch:
     def report(self) -> None:
         for finite, t in self.seen:
             if not bool(finite):
-                way_out = "the checkpoint is damaged" if self.dtype == torch.float32 else "use dtype fp32"
-                name = str(self.dtype).removeprefix("torch.")
-                raise MinpaintError(f"the UNet gave NaN or infinity at timestep {t} in {name}; {way_out}")
+                raise MinpaintError(f"the UNet gave NaN or infinity at timestep {t}; {_way_out(self.dtype)}")
         self.seen.clear()
+
+
+def _way_out(dtype: torch.dtype) -> str:
+    return "the checkpoint is damaged" if dtype == torch.float32 else "use dtype fp32"
 
 
 def _blend(picture: Tensor, noise: Tensor, hole: Tensor, schedule: Schedule, x: Tensor, t: int | None) -> Tensor:

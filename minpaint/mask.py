@@ -14,6 +14,7 @@ from torch import Tensor
 from minpaint.errors import InputError
 from minpaint.image import KEPT_MODES, to_pixels, to_unit
 
+NOTHING_TO_PAINT = "the mask has nothing to paint: no pixel is white (grey level 128 or more)"
 SHAPE_TOLERANCE = 0.01  # relative difference of the aspect ratios of a picture and its mask
 
 
@@ -62,7 +63,7 @@ def make_canvas(image: Image.Image, mask: Image.Image, factor: int, profile: str
     Raises:
         InputError: the mask has another shape than the picture, or there is nothing to paint.
     """
-    check_shape(image, mask)
+    check_mask(image, mask)
     if profile == "diffusers":
         size = (image.width - image.width % factor, image.height - image.height % factor)
         if 0 in size:
@@ -76,12 +77,12 @@ def make_canvas(image: Image.Image, mask: Image.Image, factor: int, profile: str
         cover = Image.frombytes("L", image.size, (hole * 255).to(torch.uint8).numpy().tobytes())
         canvas = Canvas(mirror(to_pixels(image), factor), mirror(hole, factor), original, cover)
     if not bool(canvas.hole.any()):
-        raise InputError("the mask has nothing to paint: no pixel is white (grey level 128 or more)")
+        raise InputError(NOTHING_TO_PAINT)
     return canvas
 
 
-def check_shape(image: Image.Image, mask: Image.Image) -> None:
-    """InputError unless the mask has the picture's aspect ratio."""
+def check_mask(image: Image.Image, mask: Image.Image) -> None:
+    """InputError unless the mask has the picture's aspect ratio and something to paint."""
     if 0 in image.size:
         raise InputError(f"the image is empty ({image.width}x{image.height} pixels)")
     if 0 in mask.size:
@@ -92,6 +93,8 @@ def check_shape(image: Image.Image, mask: Image.Image) -> None:
             f"the mask is {mask.width}x{mask.height} but the image {image.width}x{image.height}: "
             f"the shapes differ; make the mask at the image's size"
         )
+    if not bool(_hole(mask).any()):
+        raise InputError(NOTHING_TO_PAINT)
 
 
 def mirror(x: Tensor, factor: int) -> Tensor:

@@ -112,14 +112,7 @@ def some(names: list[str], limit: int = 3) -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
-    refuse_disguise(path, start)
+    refuse_disguise(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as opened:
             yield opened
@@ -129,8 +122,15 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
-def refuse_disguise(path: Path, start: bytes) -> None:
-    """CheckpointError if a file's first bytes show that it is something else."""
+def refuse_disguise(path: Path) -> None:
+    """CheckpointError if a file cannot be read, or its first bytes show that it is something else."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
     if not start:
         raise CheckpointError(f"{path}: empty file; fetch it again")
     if start.startswith(b"version https://git-lfs"):
@@ -139,10 +139,6 @@ def refuse_disguise(path: Path, start: bytes) -> None:
     # may begin with the same bytes, but then the header follows.
     if start[8:9] != b"{" and re.match(rb"PK\x03\x04|\x80[\x02-\x05]", start):
         raise CheckpointError(f"{path}: a pickle, which can run code when opened; get safetensors weights")
-
-
-def kind_is_float(stored: Stored) -> bool:
-    return stored.kind in FLOATS
 
 
 def assign(model: torch.nn.Module, name: str, tensor: Tensor) -> None:

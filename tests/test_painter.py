@@ -147,6 +147,17 @@ def test_a_network_that_gives_nan_is_an_error(
         ours(picture, mask, "a dog", steps=2)
 
 
+def test_a_text_encoder_that_gives_nan_is_an_error(
+    checkpoint: Callable[[str], Path], picture: Image.Image, mask: Image.Image
+) -> None:
+    ours = minpaint.load(checkpoint("small-sd1"), device="cpu")
+    for name, parameter in ours.text_encoder.named_parameters():
+        if name.endswith("final_layer_norm.bias"):
+            parameter.data = torch.full_like(parameter, float("inf"))
+    with pytest.raises(minpaint.MinpaintError, match="text encoder gave NaN"):
+        ours(picture, mask, "a dog", steps=2)
+
+
 @pytest.mark.parametrize(
     ("change", "culprit"),
     [

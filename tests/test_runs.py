@@ -238,3 +238,18 @@ def test_a_grey_mask_is_cut_where_the_reference_cuts_it(
         picture, grey, PROMPT, negative_prompt=NEGATIVE, steps=3, seed=seed, sampler="ddim", profile="diffusers"
     )
     assert relative_error(painting.latents, expected) < LATENT_TOLERANCE
+
+
+def test_naming_pndm_does_without_the_warm_up_that_the_checkpoint_asks_for(
+    checkpoint: Callable[[str], Path], tmp_path: Path, picture: Image.Image, mask: Image.Image
+) -> None:
+    for part in checkpoint("small-sd2").iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "scheduler").unlink()
+    PNDMScheduler.from_config({**KEYS_OF_SD, "skip_prk_steps": False}).save_pretrained(tmp_path / "scheduler")
+    ours = minpaint.load(tmp_path, device="cpu", dtype="fp32")
+    [with_warm_up] = ours(picture, mask, PROMPT, steps=6)
+    [without] = ours(picture, mask, PROMPT, steps=6, sampler="pndm")
+    assert (with_warm_up.steps, without.steps) == (12 + 3, 7)
+    with pytest.raises(minpaint.InputError, match="Runge-Kutta"):
+        ours(picture, mask, PROMPT, steps=3)
