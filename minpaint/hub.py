@@ -55,11 +55,12 @@ def catalogue() -> dict[str, Known]:
 def choose_weights(names: Collection[str], component: str, half: bool) -> str | None:
     """The safetensors file or index of a component among a repository's file names.
 
-    The plain file first, or the fp16 one for a run in fp16; whichever exists otherwise.
+    The plain file first, or the fp16 one for a run in fp16; whichever exists otherwise. The
+    index of fp16 shards has two names, of which diffusers 0.30 wrote the second.
     """
     base = f"{component}/{COMPONENTS[component]}"
     plain = [f"{base}.safetensors", f"{base}.safetensors.index.json"]
-    small = [f"{base}.fp16.safetensors", f"{base}.safetensors.index.fp16.json"]
+    small = [f"{base}.fp16.safetensors", f"{base}.safetensors.index.fp16.json", f"{base}.safetensors.fp16.index.json"]
     for name in small + plain if half else plain + small:
         if name in names:
             return name

@@ -37,9 +37,19 @@ def open_image(source: ImageSource, what: str = "image") -> Image.Image:
         raise InputError(f"{what} must be a path or a PIL image, not {type(source).__name__}")
     try:
         image.load()
-        return image if isinstance(source, Image.Image) else ImageOps.exif_transpose(image)
+        if not isinstance(source, Image.Image):
+            image = ImageOps.exif_transpose(image)
+        return to_eight_bits(image)
     except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
         raise InputError(f"{name}: damaged or truncated ({error})") from None
+
+
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit grey picture in 8 bits, which Pillow's own conversion would clip; any other as it is."""
+    brightest = image.getextrema()[1] if image.mode.startswith("I") else 0
+    if not isinstance(brightest, tuple) and brightest > 255:
+        return image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
+    return image
 
 
 def to_pixels(image: Image.Image) -> Tensor:

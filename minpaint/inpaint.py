@@ -59,6 +59,10 @@ class Settings:
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name} must be a string, not {type(getattr(self, name)).__name__}")
+            try:
+                getattr(self, name).encode()
+            except UnicodeEncodeError:
+                raise InputError(f"{name} {getattr(self, name)!r} is not valid UTF-8") from None
         for name, least in (("steps", 1), ("count", 1), ("seed", 0)):
             _check_whole(name, getattr(self, name), least)
         if self.seed + self.count > 2**63:

@@ -40,6 +40,14 @@ def test_any_mode_is_read_and_kept_pixels_stay(mode: str) -> None:
     assert (np.asarray(finished.convert("RGB"))[hole] == (255, 0, 0)).all() or mode in ("L", "LA")
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_sixteen_bits_become_eight_without_clipping(mode: str) -> None:
+    picture = Image.new(mode, (2, 1), 65535)
+    picture.putpixel((0, 0), 300)
+    assert [open_image(picture).getpixel((x, 0)) for x in (0, 1)] == [1, 255]
+    assert open_image(Image.new(mode, (1, 1), 200)).convert("L").getpixel((0, 0)) == 200
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 3), (8, 8), (9, 17), (2, 600)])
 def test_mirroring_extends_to_multiples_and_keeps_what_is_there(size: tuple[int, int]) -> None:
     x = torch.rand(1, 2, *size)

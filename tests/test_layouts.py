@@ -49,6 +49,7 @@ from single_file import (
 )
 from torch import Tensor
 
+from minpaint import hub
 from minpaint.checkpoint import describe
 from minpaint.config import scheduler_config, text_config, unet_config, vae_config
 from minpaint.errors import MinpaintWarning
@@ -543,3 +544,9 @@ def test_a_file_written_with_metadata_loads(broken: Path) -> None:
     header = {"__metadata__": {"format": "pt", "note": "two\nlines"}} | header_of(tensors)
     write_raw(path, json.dumps(header).encode(), b"".join(map(bytes_of, tensors.values())))
     load(broken)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.fp16.json", "model.safetensors.fp16.index.json"])
+def test_an_index_of_half_precision_shards_is_found_by_either_name(name: str) -> None:
+    names = {f"text_encoder/{name}", "text_encoder/model-00001-of-00001.fp16.safetensors"}
+    assert hub.choose_weights(names, "text_encoder", half=False) == f"text_encoder/{name}"

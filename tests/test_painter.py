@@ -185,6 +185,7 @@ def test_a_text_encoder_that_gives_nan_is_an_error(
         ({"profile": "other"}, "other"),
         ({"prompt": None}, "prompt"),
         ({"negative_prompt": ["a"]}, "negative_prompt"),
+        ({"prompt": "h\udcffi"}, "prompt .*UTF-8"),
         ({"image": "nowhere.png"}, "nowhere.png"),
         ({"mask": Image.new("L", (64, 64))}, "nothing to paint"),
         ({"mask": Image.new("L", (64, 32), 255)}, "64x32"),
