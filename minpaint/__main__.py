@@ -22,6 +22,7 @@ from minpaint.errors import BudgetError, CheckpointError, InputError, MinpaintWa
 
 if TYPE_CHECKING:
     from PIL import Image
+    from tqdm import tqdm
 
     from minpaint.samplers import Step
 
@@ -169,19 +170,22 @@ class _Progress:
     """A bar on stderr, one tick a network call; silent when nobody watches."""
 
     def __init__(self, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(unit=" steps", disable=quiet or not sys.stderr.isatty(), leave=False, delay=0.1)
+        self.silent = quiet or not sys.stderr.isatty()
+        self.bar: tqdm[NoReturn] | None = None
 
     def __enter__(self) -> _Progress:
         return self
 
     def __call__(self, step: Step) -> None:
-        self.bar.set_postfix_str(f"t={step.t}", refresh=False)
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(total=step.total, unit="step", disable=self.silent, leave=False)
         self.bar.update()
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 def _targets(pattern: str, seed: int, count: int, overwrite: bool) -> list[Path]:

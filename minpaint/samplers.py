@@ -30,6 +30,7 @@ class Step(NamedTuple):
 
     i: number of the call, from 0. t: its timestep. x: latents [B, 4, h, w] after the move.
     x0, eps: the clean latents and the noise that the network predicted in this call.
+    total: how many calls the run makes.
     """
 
     i: int
@@ -37,6 +38,7 @@ class Step(NamedTuple):
     x: Tensor
     x0: Tensor
     eps: Tensor
+    total: int
 
 
 def keep_nothing(x: Tensor, t: int | None) -> Tensor:
@@ -76,7 +78,7 @@ def ddim(
         if eta > 0 and noise is not None:
             x = x + deviation * noise()
         x = keep(x, t_next)
-        yield Step(i, t, x, x0, eps)
+        yield Step(i, t, x, x0, eps, len(schedule.timesteps))
 
 
 def pndm(model: Model, x: Tensor, schedule: Schedule, keep: Keep = keep_nothing) -> Iterator[Step]:
@@ -119,7 +121,7 @@ def pndm(model: Model, x: Tensor, schedule: Schedule, keep: Keep = keep_nothing)
             origin, start, end = x, t, t - schedule.stride
 
         x = keep(_transfer(schedule, output, origin, start, end), t_next)
-        yield Step(i, t, x, x0, eps)
+        yield Step(i, t, x, x0, eps, len(schedule.timesteps))
 
 
 def _multistep(outputs: list[Tensor]) -> Tensor:
@@ -167,7 +169,7 @@ def dpmpp(model: Model, x: Tensor, schedule: Schedule, keep: Keep = keep_nothing
             x = sigma_ratio * x - signal * math.expm1(-width) * target
             x0_before, width_before = x0, width
         x = keep(x, t_next)
-        yield Step(i, t, x, x0, eps)
+        yield Step(i, t, x, x0, eps, len(schedule.timesteps))
 
 
 def _log_snr(alpha_bar: float) -> float:
