@@ -4,11 +4,11 @@
     python -m bench.versus_diffusers --device cuda --dtype fp16 --steps 50
     python -m bench.versus_diffusers --family small-sd1    # seconds, to see that it works
 
-The two take turns (A B A B ...) in one process after a warm-up each; imports are timed in
-processes of their own. Every row gives both medians, the median of the ratios pair by pair,
+The two take turns (A B A B ...) in one process, the run after a warm-up each; imports are timed
+in processes of their own. Every row gives both medians, the median of the ratios pair by pair,
 and the difference of the results. The table goes to stdout, one JSON line to bench/results/.
-Needs the test extra (diffusers) and, for a full-size family, some 10 GB of disk for the time
-of the run.
+Needs the test extra (diffusers) and, for a full-size family in float32, 10 GB of memory and 2 GB
+of disk for the time of the run.
 """
 
 from __future__ import annotations

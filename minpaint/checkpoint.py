@@ -170,11 +170,13 @@ def _describe_file(path: Path, name: str, config: str | Path | None) -> Descript
             f"{path}: not a whole checkpoint in latent diffusion's names (no {ldm.UNET}*); "
             f"for a part of one in diffusers layout give the folder"
         )
+    places = [path.parent / "tokenizer", path.parent]
     if config is not None:
         folder = _expand(config)
         if not folder.is_dir():
             raise InputError(f"config {folder}: no such folder")
         configs = _read_configs(folder)
+        places.insert(0, folder / "tokenizer")
     else:
         told = ldm.tell_configuration(directory, path)
         if not told.sure_of_prediction:
@@ -187,8 +189,6 @@ def _describe_file(path: Path, name: str, config: str | Path | None) -> Descript
         configs = _parse_configs(told.unet, told.vae, told.text_encoder, told.scheduler)
     parts = ldm.split(directory, configs.unet, configs.vae, configs.text["num_hidden_layers"], path)
     pad = "!" if parts.open_clip else None  # OpenCLIP pads with zeros, and 0 is "!"
-    places = [Path(config).expanduser() / "tokenizer"] if config is not None else []
-    places += [path.parent / "tokenizer", path.parent]
 
     def tokenizer() -> Any:
         found = [

@@ -21,7 +21,6 @@ Json = Mapping[str, Any]
 LARGEST = 2**20  # of any count; beyond, shapes overflow before they are compared with the file's
 
 ATTENTION_BLOCKS = {"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"}
-PLAIN_BLOCKS = {"DownBlock2D", "UpBlock2D"}
 
 # diffusers/models/unets/unet_2d_condition.py, __init__: the values that the official
 # configurations use, which for most keys is the default.

@@ -1,7 +1,7 @@
 """Checkpoints in one file, in latent diffusion's own names (CompVis, runwayml, Stability AI).
 
-Everything is derived from the official names: for each of them `ldm_name` says where the
-single file keeps it. Without configuration files the architecture is told from the shapes.
+`split` sorts a file's tensors into the three models and gives them their official names.
+Without configuration files `tell_configuration` tells the architecture from the shapes.
 """
 
 from __future__ import annotations

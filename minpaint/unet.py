@@ -59,20 +59,20 @@ class TimeEmbedding(nn.Module):
 
 
 class Level(nn.Module):
-    """What the blocks of all levels have in common: residual blocks, each with its transformer."""
+    """Residual blocks, the first `transformers` of them followed by a transformer: every block has these."""
 
-    def __init__(self, config: UNetConfig, widths: list[tuple[int, int]], heads: int | None) -> None:
+    def __init__(self, config: UNetConfig, widths: list[tuple[int, int]], heads: int, transformers: int) -> None:
         super().__init__()
         time_dim = 4 * config.channels[0]
         self.resnets = nn.ModuleList(
             ResidualBlock(width, out, config.norm_groups, NORM_EPS, time_dim) for width, out in widths
         )
-        if heads is not None:
+        if transformers:
             self.attentions = nn.ModuleList(
                 SpatialTransformer(out, heads, config.context_dim, config.norm_groups, config.linear_projection)
-                for _, out in widths[: len(widths) - isinstance(self, MidBlock)]
+                for _, out in widths[:transformers]
             )
-        self.attends = heads is not None
+        self.attends = transformers > 0
 
 
 class DownBlock(Level):
@@ -81,7 +81,7 @@ class DownBlock(Level):
     def __init__(self, config: UNetConfig, level: int) -> None:
         width, out = config.channels[max(level - 1, 0)], config.channels[level]
         widths = [(width if j == 0 else out, out) for j in range(config.layers)]
-        super().__init__(config, widths, config.heads[level] if config.down_attention[level] else None)
+        super().__init__(config, widths, config.heads[level], len(widths) * config.down_attention[level])
         self.last = level == len(config.channels) - 1
         if not self.last:
             self.downsamplers = nn.ModuleList([Downsample(out)])
@@ -103,7 +103,7 @@ class MidBlock(Level):
 
     def __init__(self, config: UNetConfig) -> None:
         width = config.channels[-1]
-        super().__init__(config, [(width, width), (width, width)], config.heads[-1])
+        super().__init__(config, [(width, width), (width, width)], config.heads[-1], transformers=1)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         x = self.resnets[0](x, time)
@@ -124,7 +124,7 @@ class UpBlock(Level):
         for j in range(config.layers + 1):
             skip = above if j == config.layers else out
             widths.append(((below if j == 0 else out) + skip, out))
-        super().__init__(config, widths, config.heads[level] if config.up_attention[position] else None)
+        super().__init__(config, widths, config.heads[level], len(widths) * config.up_attention[position])
         self.last = level == 0
         if not self.last:
             self.upsamplers = nn.ModuleList([Upsample(out)])
