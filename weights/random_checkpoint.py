@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ SCHEDULER: Json = {
 PNDM: Json = SCHEDULER | {"_class_name": "PNDMScheduler"}
 
 
-def _unet(channels: list[int], heads: int | list[int], context: int, **more: Any) -> Json:
+def unet_json(channels: list[int], heads: int | list[int], context: int, **more: Any) -> Json:
     deep = len(channels) - 1
     return {
         "_class_name": "UNet2DConditionModel",
@@ -57,7 +58,7 @@ def _unet(channels: list[int], heads: int | list[int], context: int, **more: Any
     } | more
 
 
-def _vae(channels: list[int], **more: Any) -> Json:
+def vae_json(channels: list[int], **more: Any) -> Json:
     return {
         "_class_name": "AutoencoderKL",
         "block_out_channels": channels,
@@ -70,7 +71,7 @@ def _vae(channels: list[int], **more: Any) -> Json:
     } | more
 
 
-def _text(width: int, layers: int, heads: int, act: str, vocabulary: int) -> Json:
+def text_json(width: int, layers: int, heads: int, act: str, vocabulary: int) -> Json:
     return {
         "architectures": ["CLIPTextModel"],
         "hidden_act": act,
@@ -86,43 +87,43 @@ def _text(width: int, layers: int, heads: int, act: str, vocabulary: int) -> Jso
 
 
 SMALL = {"norm_num_groups": 8, "sample_size": 8}
-SMALL_VAE = _vae([16, 24, 24, 32], norm_num_groups=8, layers_per_block=1, sample_size=64)
-SMALL_TEXT = _text(64, 2, 1, "quick_gelu", 514)
-SMALL_TEXT_2 = _text(64, 2, 1, "gelu", 514)
+SMALL_VAE = vae_json([16, 24, 24, 32], norm_num_groups=8, layers_per_block=1, sample_size=64)
+SMALL_TEXT = text_json(64, 2, 1, "quick_gelu", 514)
+SMALL_TEXT_2 = text_json(64, 2, 1, "gelu", 514)
 
 FAMILIES: dict[str, dict[str, Json]] = {
     "sd15": {
-        "unet": _unet([320, 640, 1280, 1280], 8, 768),
-        "vae": _vae([128, 256, 512, 512]),
-        "text_encoder": _text(768, 12, 12, "quick_gelu", 49408),
+        "unet": unet_json([320, 640, 1280, 1280], 8, 768),
+        "vae": vae_json([128, 256, 512, 512]),
+        "text_encoder": text_json(768, 12, 12, "quick_gelu", 49408),
         "scheduler": SCHEDULER,
     },
     "sd2": {
-        "unet": _unet([320, 640, 1280, 1280], [5, 10, 20, 20], 1024, use_linear_projection=True),
-        "vae": _vae([128, 256, 512, 512]),
-        "text_encoder": _text(1024, 23, 16, "gelu", 49408),
+        "unet": unet_json([320, 640, 1280, 1280], [5, 10, 20, 20], 1024, use_linear_projection=True),
+        "vae": vae_json([128, 256, 512, 512]),
+        "text_encoder": text_json(1024, 23, 16, "gelu", 49408),
         "scheduler": PNDM,
     },
     "small-sd1": {
-        "unet": _unet([32, 64], 8, 64, **SMALL),
+        "unet": unet_json([32, 64], 8, 64, **SMALL),
         "vae": SMALL_VAE,
         "text_encoder": SMALL_TEXT,
         "scheduler": SCHEDULER,
     },
     "small-sd2": {
-        "unet": _unet([64, 128], [1, 2], 64, use_linear_projection=True, **SMALL),
+        "unet": unet_json([64, 128], [1, 2], 64, use_linear_projection=True, **SMALL),
         "vae": SMALL_VAE,
         "text_encoder": SMALL_TEXT_2,
         "scheduler": PNDM,
     },
     "small-sd1-4ch": {
-        "unet": _unet([32, 64], 8, 64, **SMALL | {"in_channels": 4}),
+        "unet": unet_json([32, 64], 8, 64, **SMALL | {"in_channels": 4}),
         "vae": SMALL_VAE,
         "text_encoder": SMALL_TEXT,
         "scheduler": PNDM,
     },
     "small-v": {
-        "unet": _unet([64, 128], [1, 2], 64, use_linear_projection=True, **SMALL),
+        "unet": unet_json([64, 128], [1, 2], 64, use_linear_projection=True, **SMALL),
         "vae": SMALL_VAE,
         "text_encoder": SMALL_TEXT_2,
         "scheduler": SCHEDULER | {"prediction_type": "v_prediction"},
@@ -148,21 +149,23 @@ def randomise(model: nn.Module, seed: int) -> dict[str, Tensor]:
     return tensors
 
 
-def byte_vocabulary() -> dict[str, int]:
-    """CLIP's vocabulary before any merge: 256 bytes, the same at a word's end, start and end."""
+def byte_vocabulary(merges: Sequence[str] = ()) -> dict[str, int]:
+    """CLIP's vocabulary: 256 bytes, the same at a word's end, what the merges join, start and end."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's printable bytes
     others = [256 + n for n in range(256 - len(plain))]
     letters = [chr(n) for n in (*plain, *others)]
-    return {token: n for n, token in enumerate([*letters, *(f"{x}</w>" for x in letters), START, END])}
+    joined = [merge.replace(" ", "") for merge in merges]
+    tokens = [*letters, *(f"{x}</w>" for x in letters), *joined, START, END]
+    return {token: n for n, token in enumerate(tokens)}
 
 
-def write_tokenizer(folder: Path, vocabulary_size: int, pad: str) -> None:
-    """A tokenizer without merges in `folder`, its special tokens the last of the vocabulary."""
+def write_tokenizer(folder: Path, vocabulary_size: int, pad: str, merges: Sequence[str] = ()) -> None:
+    """A tokenizer in `folder`; each merge is two tokens that become one, as in merges.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = byte_vocabulary()
+    vocabulary = byte_vocabulary(merges)
     vocabulary |= {f"unused{n}": n for n in range(len(vocabulary), vocabulary_size)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     settings = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", **special}
@@ -184,35 +187,46 @@ def write_checkpoint(
             "text_encoder": build_text_encoder(text_config(configs["text_encoder"])),
         }
     for number, (component, model) in enumerate(models.items()):
-        place = folder / component
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "config.json").write_text(json.dumps(configs[component], indent=2))
-        base = "model" if component == "text_encoder" else "diffusion_pytorch_model"
         tensors = {key: tensor.to(dtype) for key, tensor in randomise(model, 1000 * seed + number).items()}
-        if component == "text_encoder":  # the official files' names, and their stray tensor
-            tensors = {f"text_model.{key.removeprefix('text_model.')}": t for key, t in tensors.items()}
-            positions = configs[component]["max_position_embeddings"]
-            tensors["text_model.embeddings.position_ids"] = torch.arange(positions)[None]
-        file = place / f"{base}{f'.{variant}' if variant else ''}.safetensors"
-        save_file(tensors, file, {"format": "pt"})  # older transformers ask for the mark
-    (folder / "scheduler").mkdir(exist_ok=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(configs["scheduler"], indent=2))
+        write_component(folder, component, configs[component], tensors, variant)
     sd2 = configs["unet"].get("use_linear_projection", False)
     write_tokenizer(folder / "tokenizer", configs["text_encoder"]["vocab_size"], "!" if sd2 else END)
+    write_index(folder, configs["scheduler"])
+    return folder
+
+
+def write_component(
+    folder: Path, component: str, config: Json, tensors: dict[str, Tensor], variant: str | None = None
+) -> None:
+    """The configuration and the weights of one of the models, under the official files' names."""
+    place = folder / component
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "config.json").write_text(json.dumps(config, indent=2))
+    base = "model" if component == "text_encoder" else "diffusion_pytorch_model"
+    if component == "text_encoder":  # the official files' names, and their stray tensor
+        tensors = {f"text_model.{key.removeprefix('text_model.')}": t for key, t in tensors.items()}
+        tensors["text_model.embeddings.position_ids"] = torch.arange(config["max_position_embeddings"])[None]
+    file = place / f"{base}{f'.{variant}' if variant else ''}.safetensors"
+    save_file(tensors, file, {"format": "pt"})  # older transformers ask for the mark
+
+
+def write_index(folder: Path, scheduler: Json) -> None:
+    """The scheduler's configuration, and the file that says which class reads which folder."""
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2))
     index = {
         "_class_name": "StableDiffusionInpaintPipeline",
         "_diffusers_version": "0.6.0",
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", configs["scheduler"]["_class_name"]],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
-    return folder
 
 
 def main() -> None:
