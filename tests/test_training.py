@@ -1,0 +1,64 @@
+"""How the tiny checkpoint was made: training that can be stopped at any time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from weights import world
+from weights.train_tiny import Optimizer, Training, generator, prompt_for
+
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="training needs torch 2.9 or newer")
+
+
+def train(work: Path, stop_at: int | None = None) -> tuple[nn.Module, str]:
+    """Fit a small convolution and a linear layer; the averaged model and the log."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Linear(6 * 4, 3))
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = Optimizer([model], 0.02, 1e-3, 300)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        if step == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 2, 4, 4, generator=generator(step, 0))
+        return {"loss": (model(x) - x.flatten(1)[:, :3]).square().mean()}
+
+    log = work / "log.jsonl"
+    [average] = Training("fit", [model], optimizer, 300, work, log).run(loss_at)
+    return average, log.read_text()
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    whole, log = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", stop_at=290)
+    resumed, second = train(tmp_path / "stopped")
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert len(log.splitlines()) == len(second.splitlines()) == 3
+
+
+def test_training_fits(tmp_path: Path) -> None:
+    _, log = train(tmp_path)
+    losses = [float(line.split('"loss": ')[1].rstrip("}")) for line in log.splitlines()]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_prompts_name_all_that_is_hidden_or_say_nothing() -> None:
+    empty = 0
+    for seed in range(300):
+        rng = Random(seed)
+        scene = world.scene(rng)
+        hidden = tuple(rng.random() < 0.5 for _ in scene.things)
+        prompt = prompt_for(rng, scene, hidden)
+        empty += prompt == ""
+        for thing, gone in zip(scene.things, hidden, strict=True):
+            assert not gone or prompt == "" or thing.kind in prompt
+    assert 10 <= empty <= 60

@@ -1,0 +1,473 @@
+"""Train the tiny checkpoint from nothing: the autoencoder, then the UNet with its text encoder.
+
+    python -m weights.train_tiny                 # writes weights/tiny
+    python -m weights.train_tiny --work FOLDER   # where the state to resume from is kept
+
+The same command again goes on where it was stopped. On two cores the defaults take about an hour
+and a half, on a GPU minutes. The losses go to training.jsonl beside the checkpoint. Training
+needs a PyTorch with torch.optim.Muon (2.9 or newer); the checkpoint itself does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from minpaint.config import scheduler_config, text_config, unet_config, vae_config
+from minpaint.image import to_pixels
+from minpaint.mask import make_canvas
+from minpaint.schedule import alphas_cumprod
+from minpaint.text import END, build_text_encoder, load_tokenizer
+from minpaint.unet import UNet
+from minpaint.vae import VAE
+from weights import world
+from weights.random_checkpoint import (
+    SCHEDULER,
+    Json,
+    byte_vocabulary,
+    text_json,
+    unet_json,
+    vae_json,
+    write_component,
+    write_index,
+    write_tokenizer,
+)
+
+TINY = Path(__file__).parent / "tiny"
+FACTOR = 8  # pixels a latent cell
+
+UNET = unet_json(
+    [64, 96, 128],
+    [2, 3, 4],
+    96,
+    layers_per_block=1,
+    norm_num_groups=8,
+    sample_size=world.SIZE // FACTOR,
+    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+)
+AUTOENCODER = vae_json([16, 32, 64, 64], layers_per_block=1, norm_num_groups=8, sample_size=world.SIZE)
+
+
+# What both trainings share ----------------------------------------------------------------------
+
+
+class Optimizer:
+    """Muon for matrices (Jordan et al. 2024, torch.optim.Muon), AdamW for everything else.
+
+    A convolution's weight [out, in, y, x] is a matrix [out, in y x] to Muon. The rates rise for
+    `warm_up` steps, stay, and fall to zero over the last part of the training.
+    """
+
+    def __init__(self, models: list[nn.Module], matrix_rate: float, rate: float, steps: int) -> None:
+        named = [(name, p) for model in models for name, p in model.named_parameters()]
+        self.weights = [p for name, p in named if p.ndim > 1 and "embedding" not in name]
+        others = [p for name, p in named if p.ndim == 1 or "embedding" in name]
+        self.matrices = [nn.Parameter(_matrix(p.detach())) for p in self.weights]
+        # weight_decay pulls towards zero by rate * decay a step
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(self.matrices, lr=matrix_rate, weight_decay=0.01, adjust_lr_fn="original"),
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self.rates, self.steps = (matrix_rate, rate), steps
+
+    def step(self, loss: Tensor, step: int) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+        for matrix, weight in zip(self.matrices, self.weights, strict=True):
+            assert weight.grad is not None
+            matrix.grad = _matrix(weight.grad)
+        scale = min((step + 1) / 50, 1.0, (self.steps - step) / (0.4 * self.steps))
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * scale
+            optimizer.step()
+            optimizer.zero_grad()
+        for weight in self.weights:
+            weight.grad = None
+
+    def state_dict(self) -> list[Any]:
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, state: list[Any]) -> None:
+        for optimizer, saved in zip(self.optimizers, state, strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """[out, in, y, x] -> [out, y x in], a view of the same memory whichever way it lies there."""
+    if weight.ndim == 2:
+        return weight
+    if weight.is_contiguous():
+        return weight.view(len(weight), -1)
+    return weight.permute(0, 2, 3, 1).view(len(weight), -1)
+
+
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
+    """Move an exponential moving average one step on; it starts as a plain average."""
+    share = 1 - min(decay, (1 + step) / (10 + step))
+    for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+        slow.lerp_(fast, share)
+
+
+@dataclass
+class Training:
+    """One of the two trainings: its models, their averages, and where it is saved."""
+
+    name: str
+    models: list[nn.Module]
+    optimizer: Optimizer
+    steps: int
+    work: Path
+    log: Path
+    decay: float = 0.998
+
+    def run(self, loss_at: Callable[[int], dict[str, Tensor]]) -> list[nn.Module]:
+        """Take all steps, resuming where the saved state is; the averaged models.
+
+        `loss_at(step)` gives the terms of the loss by name; their sum is what is minimised.
+        """
+        averages = [copy.deepcopy(model).requires_grad_(False) for model in self.models]
+        state, first = self.work / f"{self.name}.pt", 0
+        everything = [*self.models, *averages]
+        began = time.monotonic()
+        if state.exists():
+            saved = torch.load(state, weights_only=True)
+            first = saved["step"]
+            for model, tensors in zip(everything, saved["models"], strict=True):
+                model.load_state_dict(tensors)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            began -= saved["seconds"]
+            self.forget_after(first)
+        totals: dict[str, float] = {}
+        for step in range(first, self.steps):
+            terms = loss_at(step)
+            self.optimizer.step(sum(terms.values(), torch.zeros(())), step)
+            for model, average in zip(self.models, averages, strict=True):
+                follow(average, model, step, self.decay)
+            for name, term in terms.items():
+                totals[name] = totals.get(name, 0.0) + term.item() / 100
+            if (step + 1) % 100 == 0:
+                seconds = round(time.monotonic() - began)
+                line = {"training": self.name, "step": step + 1, "seconds": seconds}
+                line |= {name: float(f"{total:.4g}") for name, total in totals.items()}
+                with self.log.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                totals = {}
+            if (step + 1) % 200 == 0 or step + 1 == self.steps:
+                content = {
+                    "step": step + 1,
+                    "seconds": time.monotonic() - began,
+                    "models": [model.state_dict() for model in everything],
+                    "optimizer": self.optimizer.state_dict(),
+                }
+                torch.save(content, state.with_suffix(".new"))
+                state.with_suffix(".new").replace(state)
+        return averages
+
+    def forget_after(self, step: int) -> None:
+        """Drop the log's lines about steps that will be taken again."""
+        lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
+        told = [json.loads(line) for line in lines]
+        kept = [x for x, t in zip(lines, told, strict=True) if t["training"] != self.name or t["step"] <= step]
+        self.log.write_text("".join(kept))
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def placed(model: Model, device: str) -> Model:
+    """On the device, with the memory format its convolutions are fastest in."""
+    return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def half_on_gpu(device: str) -> torch.autocast:
+    """bf16 where it is faster; on CPUs without AMX it is slower than fp32."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def generator(step: int, salt: int) -> torch.Generator:
+    """Randomness that depends on the step alone, so that a resumed training is the same one."""
+    return torch.Generator().manual_seed(1_000_003 * step + salt)
+
+
+# The autoencoder --------------------------------------------------------------------------------
+
+CROP = 64  # most steps look at this much of a picture, around a thing
+
+
+def train_vae(options: argparse.Namespace, log: Path) -> VAE:
+    """Pictures in and out: squared error, more of it on things and edges, and a little KL.
+
+    Kingma and Welling 2014; the regularisation is Rombach et al. 2022's, section 3.1.
+    """
+    torch.manual_seed(0)
+    model = placed(VAE(vae_config(AUTOENCODER)), options.device)
+    optimizer = Optimizer([model], 0.02, 2e-3, options.vae_steps)
+    whole = options.vae_steps - options.vae_steps // 5  # the last steps see whole pictures
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        rng = Random(step)
+        size, count = (CROP, 16) if step < whole else (world.SIZE, 8)
+        crops = [_crop(rng, size) for _ in range(count)]
+        pixels = torch.cat([to_pixels(picture) for picture, _ in crops]).to(options.device)
+        weight = torch.stack([weight for _, weight in crops]).to(options.device)
+        noise = torch.randn((count, 4, size // FACTOR, size // FACTOR), generator=generator(step, 1))
+        with half_on_gpu(options.device):
+            mean, logvar = model.encode(pixels)
+            mean, logvar = mean.float(), logvar.float().clamp(-30, 20)
+            rebuilt = model.decode(mean + (0.5 * logvar).exp() * noise.to(options.device)).float()
+        error = rebuilt - pixels
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        return {
+            "pixels": (weight * (error**2 + 0.02 * error.abs())).mean(),
+            "edges": 0.5 * sum(((error.diff(dim=dim)) ** 2).mean() for dim in (2, 3)),  # type: ignore[dict-item]
+            "kl": 1e-4 * kl,
+        }
+
+    [average] = Training("vae", [model], optimizer, options.vae_steps, options.work, log).run(loss_at)
+    assert isinstance(average, VAE)
+    return average
+
+
+def _crop(rng: Random, size: int) -> tuple[Any, Tensor]:
+    """A square of a random scene, mostly around one of its things, and each pixel's weight [1, y, x]."""
+    scene = world.scene(rng, misplaced=0.4)
+    picture = world.draw(scene)
+    weight = torch.ones(1, world.SIZE, world.SIZE)
+    for thing in scene.things:
+        left, top, right, bottom = (round(world.SIZE * edge) for edge in thing.box)
+        weight[:, max(top, 0) : bottom, max(left, 0) : right] = 3.0
+    room = world.SIZE - size
+    x, y = rng.randint(0, room), rng.randint(0, room)
+    if room and scene.things and rng.random() < 0.75:
+        thing = rng.choice(scene.things)
+        left, top, right, bottom = (round(world.SIZE * edge) for edge in thing.box)
+        x = round((left + right - size) / 2 + rng.uniform(-20, 20))
+        y = round((top + bottom - size) / 2 + rng.uniform(-20, 20))
+        x, y = min(max(x, 0), room), min(max(y, 0), room)
+    return picture.crop((x, y, x + size, y + size)), weight[:, y : y + size, x : x + size]
+
+
+# The UNet and the text encoder ------------------------------------------------------------------
+
+MASKS = 4  # of each scene
+DROPPED = 0.1  # share of empty prompts (Ho and Salimans 2021, classifier-free guidance)
+KEPT_WEIGHT = 0.5  # of the loss outside the hole
+LARGEST_SNR = 5.0  # Hang et al. 2023, arXiv:2303.09556, equation 8
+
+
+def write_words(folder: Path) -> int:
+    """The tokenizer: byte pairs merged until each word of the captions is one token; its size."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    rng = Random(0)
+    scenes = [world.scene(rng) for _ in range(2000)]
+    captions = [world.caption(scene, scene.things, disc=True, sides=True) for scene in scenes]
+    counter = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    counter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    counter.train_from_iterator(
+        captions, trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False)
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    counter.model.save(str(folder))
+    merges = (folder / "merges.txt").read_text().splitlines()[1:]
+    size = len(byte_vocabulary(merges))
+    write_tokenizer(folder, size, END, merges)
+    return size
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Scenes and masks as the UNet sees them.
+
+    latents, blanked: mean and deviation of the latents [n, 8, y, x] of each scene, and of each
+    mask's masked picture; holes: the masks' cells [n, 1, y, x]; hidden: which things each mask
+    hides. Mask m belongs to scene m // MASKS.
+    """
+
+    latents: Tensor
+    blanked: Tensor
+    holes: Tensor
+    hidden: list[tuple[bool, ...]]
+
+    def scene(self, mask: int) -> world.Scene:
+        return world.scene(_random_of(mask // MASKS))
+
+    @staticmethod
+    def cached(vae: VAE, count: int, device: str, cache: Path) -> Examples:
+        if not cache.exists():
+            torch.save(vars(Examples.make(vae, count, device)), cache)
+        return Examples(**torch.load(cache, weights_only=True))
+
+    @staticmethod
+    @torch.no_grad()
+    def make(vae: VAE, count: int, device: str) -> Examples:
+        def encode(pixels: list[Tensor]) -> Tensor:
+            with half_on_gpu(device):
+                batch = torch.cat(pixels).to(device, memory_format=torch.channels_last)
+                mean, logvar = vae.encode(batch)
+            return torch.cat([mean, (0.5 * logvar.float()).exp()], dim=1).half().cpu()
+
+        latents, blanked, holes, hidden = [], [], [], []
+        for first in range(0, count, 16):
+            whole, masked = [], []
+            for number in range(first, min(first + 16, count)):
+                rng = _random_of(number)
+                scene = world.scene(rng)
+                picture = world.draw(scene)
+                for mask in _masks(rng, scene):
+                    canvas = make_canvas(picture, mask, FACTOR, "minpaint")
+                    masked.append(canvas.masked_pixels)
+                    holes.append(canvas.latent_hole(FACTOR).half())
+                    hidden.append(tuple(_covered(canvas.hole, thing) >= 0.5 for thing in scene.things))
+                whole.append(canvas.pixels)
+            latents.append(encode(whole))
+            blanked.append(encode(masked))
+        return Examples(torch.cat(latents), torch.cat(blanked), torch.cat(holes), hidden)
+
+
+def _random_of(number: int) -> Random:
+    """Where the scene of this number, and then its masks, are drawn from."""
+    return Random(10_000_000 + number)
+
+
+def _masks(rng: Random, scene: world.Scene) -> list[Any]:
+    """MASKS masks, most over a thing if there is one; half of them made of whole latent cells."""
+    masks: list[Any] = []
+    while len(masks) < MASKS:
+        thing = rng.choice(scene.things) if scene.things and rng.random() < 0.7 else None
+        mask = world.hole_over(rng, thing) if thing else world.hole_anywhere(rng)
+        if rng.random() < 0.5:
+            side = world.SIZE // FACTOR
+            cells = mask.reduce(FACTOR).point(lambda grey: 255 if grey else 0)
+            mask = cells.resize((side * FACTOR, side * FACTOR), 0)  # 0: nearest
+        if mask.getextrema()[1] == 255:
+            masks.append(mask)
+    return masks
+
+
+def _covered(hole: Tensor, thing: world.Thing) -> float:
+    """The share of a thing's box that a hole [1, 1, y, x] hides."""
+    left, top, right, bottom = (max(round(world.SIZE * edge), 0) for edge in thing.box)
+    return float(hole[0, 0, top:bottom, left:right].mean())
+
+
+def prompt_for(rng: Random, scene: world.Scene, hidden: tuple[bool, ...]) -> str:
+    """A caption that names all that is hidden, and some of the rest; sometimes nothing."""
+    if rng.random() < DROPPED:
+        return ""
+    named = [thing for thing, gone in zip(scene.things, hidden, strict=True) if gone or rng.random() < 0.3]
+    rng.shuffle(named)
+    told = world.caption(
+        scene,
+        named,
+        place=rng.random() < 0.5,
+        time=rng.random() < 0.5,
+        disc=rng.random() < 0.5,
+        sides=rng.random() < 0.3,
+    )
+    if rng.random() < 0.05:  # a word it has never met should change little
+        words = told.split()
+        letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 8)))
+        words.insert(rng.randint(0, len(words)), letters)
+        told = " ".join(words)
+    return told
+
+
+def train_unet(options: argparse.Namespace, log: Path, vae: VAE) -> tuple[nn.Module, nn.Module, float]:
+    """Predict the noise in latents given the hole, the rest of the picture and a prompt.
+
+    The averaged UNet and text encoder, and the latents' scaling factor (one over their standard
+    deviation, as in Rombach et al. 2022, section G).
+    """
+    vocabulary = write_words(options.out / "tokenizer")
+    tokenizer = load_tokenizer(options.out / "tokenizer")
+    examples = Examples.cached(vae, options.scenes, options.device, options.work / f"examples-{options.scenes}.pt")
+    mean, deviation = examples.latents.float().chunk(2, dim=1)
+    scaling = 1 / float((mean.var() + deviation.square().mean()).sqrt())
+
+    torch.manual_seed(1)
+    unet = placed(UNet(unet_config(UNET)), options.device)
+    text = build_text_encoder(text_config(words_json(vocabulary))).to(options.device)
+    optimizer = Optimizer([unet, text], 0.01, 2e-3, options.unet_steps)
+    alpha_bar = torch.tensor(alphas_cumprod(scheduler_config(SCHEDULER)))
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        rng, noise = Random(20_000_000 + step), generator(step, 2)
+
+        def sample(moments: Tensor) -> Tensor:
+            mean, deviation = moments.float().chunk(2, dim=1)
+            return scaling * (mean + deviation * torch.randn(mean.shape, generator=noise))
+
+        chosen = [rng.randrange(len(examples.hidden)) for _ in range(options.batch)]
+        prompts = [prompt_for(rng, examples.scene(n), examples.hidden[n]) for n in chosen]
+        ids = tokenizer(prompts, padding="max_length", max_length=77, truncation=True).input_ids
+        x0 = sample(examples.latents[[n // MASKS for n in chosen]])
+        blanked, hole = sample(examples.blanked[chosen]), examples.holes[chosen].float()
+        t = torch.randint(1000, (options.batch,), generator=noise)
+        a = alpha_bar[t][:, None, None, None]
+        eps = torch.randn(x0.shape, generator=noise)
+        x = a.sqrt() * x0 + (1 - a).sqrt() * eps
+        snr = a / (1 - a)
+        weight = (LARGEST_SNR / snr).clamp(max=1) * (KEPT_WEIGHT + (1 - KEPT_WEIGHT) * hole)
+        inputs = torch.cat([x, hole, blanked], dim=1).to(options.device, memory_format=torch.channels_last)
+        with half_on_gpu(options.device):
+            context = text(torch.tensor(ids, device=options.device))[0]
+            predicted = unet(inputs, t.to(options.device), context).float()
+        error = weight.to(options.device) * (predicted - eps.to(options.device)) ** 2
+        inside = hole.to(options.device)
+        return {"hole": (inside * error).mean(), "kept": ((1 - inside) * error).mean()}
+
+    averages = Training("unet", [unet, text], optimizer, options.unet_steps, options.work, log, 0.999).run(loss_at)
+    return averages[0], averages[1], scaling
+
+
+def words_json(vocabulary: int) -> Json:
+    return text_json(96, 2, 4, "quick_gelu", vocabulary)
+
+
+def write(folder: Path, vae: nn.Module, unet: nn.Module, text: nn.Module, scaling: float) -> None:
+    """The checkpoint in half precision, in the official layout."""
+    vocabulary = int(text.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    configs = {
+        "unet": UNET,
+        "vae": AUTOENCODER | {"scaling_factor": round(scaling, 5)},
+        "text_encoder": words_json(vocabulary),
+    }
+    for (component, config), model in zip(configs.items(), (unet, vae, text), strict=True):
+        tensors = {name: p.detach().cpu().half().contiguous() for name, p in model.named_parameters()}
+        write_component(folder, component, config, tensors)
+    write_index(folder, SCHEDULER)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=TINY, help="the checkpoint's folder")
+    parser.add_argument("--work", type=Path, default=Path("tiny-training"), help="where to keep the state")
+    parser.add_argument("--vae-steps", type=int, default=2400)
+    parser.add_argument("--unet-steps", type=int, default=2200)
+    parser.add_argument("--batch", type=int, default=32, help="of the UNet's training")
+    parser.add_argument("--scenes", type=int, default=5000)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "training.jsonl"
+    vae = train_vae(options, log)
+    unet, text, scaling = train_unet(options, log, vae)
+    write(options.out, vae, unet, text, scaling)
+
+
+if __name__ == "__main__":
+    main()
