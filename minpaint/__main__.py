@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 bad usage or bad input; 3 the budget cannot hold; 1 anythi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -28,15 +29,16 @@ if TYPE_CHECKING:
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 MODELS = "tiny, sd15, sd2, owner/name[@revision] of the hub, a folder or a .safetensors file"
-HOW_TO_START = """\
-minpaint repaints the white part of a mask from a prompt:
+WHAT_NEXT = """\
+Try another prompt; the toy model knows a house, tree, boat, balloon, cloud and tower in eight colours:
+
+  python -m minpaint paint --image {picture} --mask {mask} \\
+      --prompt "a purple tree at night" -o tree.png
+
+Your own photo, with Stable Diffusion 1.5 inpainting (2.1 GB, fetched once):
 
   python -m minpaint paint --model sd15 --image photo.png --mask mask.png \\
-      --prompt "two dogs on a bench" -o out.png
-
---model sd15 fetches Stable Diffusion 1.5 inpainting (2.1 GB) from the Hugging Face hub once;
-a folder in diffusers layout or a .safetensors file works offline. All options:
-python -m minpaint paint --help"""
+      --prompt "two dogs on a bench" -o out.png"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,7 +47,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m minpaint", description="Stable Diffusion inpainting.")
+    parser = _Parser(
+        prog="python -m minpaint",
+        description="Stable Diffusion inpainting. Without a verb: repaint the bundled example.",
+    )
     parser.add_argument("--version", action="version", version=f"minpaint {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
     paint = verbs.add_parser(
@@ -88,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         if options.verb is None:
-            _say(HOW_TO_START)
+            _demo()
         else:
             _paint(options)
     except BudgetError as error:
@@ -109,6 +114,30 @@ def _fail(error: object, code: int) -> int:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _demo() -> None:
+    """Repaint the bundled example with the tiny model, into the current folder."""
+    from minpaint.example import bundled, strip
+
+    example = bundled()
+    target = _free(Path("minpaint-example.png"))
+    beside = target.with_name(f"{target.stem}-strip.png")
+    image, mask = example.picture, example.mask
+    options = ["--image", str(image), "--mask", str(mask), "--prompt", example.prompt, "--model", "tiny"]
+    _paint(_parser().parse_args(["paint", *options, *example.options, "-o", str(target)]))
+    _save(strip(image, mask, target), beside)
+    _say(f"minpaint: wrote {beside} (before, mask, after)\n")
+    _say(WHAT_NEXT.format(picture=image, mask=mask))
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first numbered one beside it that nothing is called, nor its strip."""
+    for number in itertools.count(1):
+        found = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        if not found.exists() and not found.with_name(f"{found.stem}-strip.png").exists():
+            return found
+    raise AssertionError
 
 
 def _paint(options: argparse.Namespace) -> None:

@@ -46,6 +46,7 @@ from minpaint.unet import UNet
 from minpaint.vae import VAE
 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")  # of files, not of hub ids like owner/sd-2.1
+TINY = "tiny"  # the checkpoint that comes with the program
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # diffusers/models/autoencoders/autoencoder_kl.py: attention names before version 0.12
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -108,17 +109,17 @@ def describe(model: str | Path, half: bool = False, config: str | Path | None = 
     if str(model) in known:
         entry = known[str(model)]
         return _describe_folder(hub.fetch(entry.repository, entry.revision, half, entry), str(model), half)
+    if str(model) == TINY:
+        return _describe_folder(hub.weights_folder() / TINY, TINY, half)
     if path.is_dir():
         return _describe_folder(path, str(model), half)
     if path.exists():
         return _describe_file(path, str(model), config)
     if match and path.suffix not in WEIGHT_SUFFIXES and not str(model).startswith((".", "~", "/")):
         return _describe_folder(hub.fetch(match["repository"], match["revision"], half), str(model), half)
-    if str(model) == "tiny":
-        raise ModelNotFoundError("model tiny: this version brings no weights yet; use --model sd15, sd2 or a folder")
     raise ModelNotFoundError(
         f"model {str(model)!r} is unknown: no such file or folder; "
-        f"use {', '.join(known)}, owner/name of the hub, a folder or a .safetensors file"
+        f"use {', '.join((TINY, *known))}, owner/name of the hub, a folder or a .safetensors file"
     )
 
 

@@ -29,6 +29,7 @@ ORDER = [
     "tensorfile",
     "ldm",
     "hub",
+    "example",
     "checkpoint",
     "inpaint",
     "__init__",

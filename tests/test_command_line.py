@@ -187,11 +187,6 @@ def test_the_default_model_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "using tiny" in capsys.readouterr().err
 
 
-def test_no_arguments_tell_how_to_start(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
-    assert "--model" in capsys.readouterr().err
-
-
 def test_help_is_quick() -> None:
     """Not a timed test: help may import nothing heavy, which test_architecture checks for all."""
     code = (

@@ -429,7 +429,7 @@ def train_unet(options: argparse.Namespace, log: Path, vae: VAE) -> tuple[nn.Mod
         inside = hole.to(options.device)
         return {"hole": (inside * error).mean(), "kept": ((1 - inside) * error).mean()}
 
-    averages = Training("unet", [unet, text], optimizer, options.unet_steps, options.work, log, 0.999).run(loss_at)
+    averages = Training("unet", [unet, text], optimizer, options.unet_steps, options.work, log).run(loss_at)
     return averages[0], averages[1], scaling
 
 
@@ -456,7 +456,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=TINY, help="the checkpoint's folder")
     parser.add_argument("--work", type=Path, default=Path("tiny-training"), help="where to keep the state")
     parser.add_argument("--vae-steps", type=int, default=2400)
-    parser.add_argument("--unet-steps", type=int, default=2200)
+    parser.add_argument("--unet-steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=32, help="of the UNet's training")
     parser.add_argument("--scenes", type=int, default=5000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
