@@ -1,0 +1,39 @@
+"""Render the README's pictures with the tiny model: python -m bench.pictures"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import minpaint
+from minpaint.example import bundled, strip
+from minpaint.image import to_image
+
+FOLDER = Path(__file__).parent / "results"
+PROMPTS = ("a red tower", "a purple tree", "an orange house", "a yellow boat", "a meadow by day")
+SHOWN = (0, 4, 9, 14, 19)  # of 20 steps
+ZOOM = 2
+
+
+def save(picture: Image.Image, name: str) -> None:
+    size = (ZOOM * picture.width, ZOOM * picture.height)
+    picture.resize(size, Image.Resampling.BICUBIC).save(FOLDER / name, optimize=True)
+
+
+def main() -> None:
+    painter, example = minpaint.load("tiny", device="cpu", dtype="fp32"), bundled()
+    image, mask = example.picture, example.mask
+    paintings = [painter(image, mask, prompt, sampler="dpmpp", steps=20)[0].image for prompt in PROMPTS]
+    save(strip(image, mask, *paintings), "prompts.png")
+    guesses = []
+    for step in painter.steps(image, mask, example.prompt, sampler="ddim", steps=20):
+        if step.i in SHOWN:
+            with torch.inference_mode():
+                guesses.append(to_image(painter.vae.decode(step.x0 / painter.vae_config.scaling_factor)[0]))
+    save(strip(image, mask, *guesses), "steps.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The bundled checkpoint really paints: quick bounds that a broken program does not meet.
+
+`python -m bench.quality` measures the same things, and more, on many scenes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+import minpaint
+import minpaint.inpaint
+from bench.quality import HELD_OUT, Case, colour_of, psnr
+from minpaint.hub import weights_folder
+from minpaint.image import to_image, to_unit
+from minpaint.inpaint import Painter, Settings
+from minpaint.text import load_tokenizer
+from tests.conftest import largest_level_difference, relative_error
+from weights import world
+
+FOLDER = weights_folder() / "tiny"
+CASES = 12
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Painter:
+    return minpaint.load("tiny", device="cpu", dtype="fp32")
+
+
+def cases() -> Iterator[Case]:
+    return (Case(number, usual=True) for number in range(CASES))
+
+
+# What a working program does ---------------------------------------------------------------------
+
+
+def the_prompt_is_followed(painter: Painter) -> None:
+    right = 0
+    for case in cases():
+        [painting] = painter(case.without, case.mask, case.prompt, sampler="dpmpp", steps=10, seed=case.number)
+        right += colour_of(painting.image, case, case.target.kind) == case.target.colour
+    assert right >= CASES - 2, f"{right} of {CASES} things have the colour asked for"
+
+
+def the_kept_part_is_known(painter: Painter) -> None:
+    """Before anything is pasted back, the picture outside the hole is the picture that was given."""
+    errors = []
+    for case in list(cases())[:4]:
+        picture = case.without
+        [painting] = painter(picture, case.mask, case.prompt, sampler="dpmpp", steps=10, profile="diffusers")
+        outside = to_unit(case.mask)[0, 0] < 0.5
+        errors.append((to_unit(painting.image) - to_unit(picture))[0][:, outside].square().mean())
+    found = psnr(float(torch.stack(errors).mean()))
+    assert found >= 24, f"the kept part comes back at {found:.1f} dB"
+
+
+def samplers_agree(painter: Painter) -> None:
+    differences = []
+    for case in list(cases())[:4]:
+        hole = to_unit(case.mask)[0, 0] > 0.5
+        runs = [
+            to_unit(painter(case.without, case.mask, case.prompt, sampler=sampler, steps=steps, seed=1)[0].image)
+            for sampler, steps in (("ddim", 40), ("pndm", 20), ("dpmpp", 15))
+        ]
+        differences += [255 * (run - runs[0])[0][:, hole].abs().mean() for run in runs[1:]]
+    found = float(torch.stack(differences).mean())
+    assert found <= 5, f"the samplers differ by {found:.1f} levels in the hole"
+
+
+CHECKS = (the_prompt_is_followed, the_kept_part_is_known, samplers_agree)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_tiny_model(check: Callable[[Painter], None], tiny: Painter) -> None:
+    check(tiny)
+
+
+# What a broken one does --------------------------------------------------------------------------
+
+
+def test_an_ignored_prompt_shows(tiny: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts = Painter._contexts
+    monkeypatch.setattr(Painter, "_contexts", lambda self, settings: contexts(self, replace(settings, prompt="")))
+    with pytest.raises(AssertionError, match="colour asked for"):
+        the_prompt_is_followed(tiny)
+
+
+def test_a_swapped_mask_shows(tiny: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = minpaint.inpaint.make_canvas
+
+    def swapped(image: Image.Image, mask: Image.Image, factor: int, profile: str) -> Any:
+        return make(image, ImageOps.invert(mask.convert("L")), factor, profile)
+
+    monkeypatch.setattr(minpaint.inpaint, "make_canvas", swapped)
+    with pytest.raises(AssertionError, match="kept part"):
+        the_kept_part_is_known(tiny)
+
+
+def test_a_broken_sampler_shows(tiny: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
+    ddim = minpaint.inpaint.ddim
+
+    def confused(model: Any, x: Tensor, schedule: Any, *rest: Any) -> Any:
+        """alpha taken for alpha_bar: the papers' notations differ by a square root."""
+        return ddim(model, x, replace(schedule, alpha_bar=tuple(a**0.5 for a in schedule.alpha_bar)), *rest)
+
+    monkeypatch.setattr(minpaint.inpaint, "ddim", confused)
+    with pytest.raises(AssertionError, match="samplers differ"):
+        samplers_agree(tiny)
+
+
+# The checkpoint ----------------------------------------------------------------------------------
+
+
+def test_pictures_survive_the_autoencoder(tiny: Painter) -> None:
+    errors = []
+    for number in range(16):
+        pixels = to_unit(world.draw(world.scene(Random(HELD_OUT + 700_000 + number))))
+        with torch.inference_mode():
+            rebuilt = to_unit(to_image(tiny.vae.decode(tiny.vae.encode(2 * pixels - 1)[0])[0]))
+        errors.append((rebuilt - pixels).square().mean())
+    assert psnr(float(torch.stack(errors).mean())) >= 32
+
+
+def test_diffusers_paints_the_same_picture(tiny: Painter) -> None:
+    from diffusers import StableDiffusionInpaintPipeline
+
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(FOLDER, safety_checker=None, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    case = Case(0, usual=True)
+    call = {"image": case.without, "mask_image": case.mask, "height": world.SIZE, "width": world.SIZE}
+    call |= {"prompt": case.prompt, "num_inference_steps": 20, "guidance_scale": 7.5}
+    [theirs] = pipeline(**call, generator=torch.Generator().manual_seed(3)).images
+    latents = pipeline(**call, generator=torch.Generator().manual_seed(3), output_type="latent").images[0]
+    [ours] = tiny(case.without, case.mask, case.prompt, steps=20, seed=3, profile="diffusers")
+    assert relative_error(ours.latents, latents) <= 1e-4
+    assert largest_level_difference(ours.image, theirs) <= 1
+
+
+def test_the_checkpoint_is_small_and_in_half_precision() -> None:
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 18_000_000
+    from safetensors import safe_open
+
+    for path in FOLDER.rglob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            kinds = {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+        assert kinds <= {"F16", "I64"}
+
+
+def test_every_word_of_the_toy_world_is_one_token() -> None:
+    tokenizer = load_tokenizer(FOLDER / "tokenizer")
+    words = {*world.COLOURS, *world.KINDS, *world.TIMES, *world.PLACES, "left", "right", "middle", "sun", "moon"}
+    assert {word for word in words if len(tokenizer(word).input_ids) != 3} == set()
+
+
+def test_the_training_is_on_record() -> None:
+    lines = [json.loads(line) for line in (FOLDER / "training.jsonl").read_text().splitlines()]
+    for training, term in (("vae", "pixels"), ("unet", "hole")):
+        losses = [line[term] for line in lines if line["training"] == training]
+        assert losses[-1] < 0.5 * losses[0]
+        assert all(math.isfinite(loss) for loss in losses)
+
+
+# The demo ----------------------------------------------------------------------------------------
+
+
+def test_the_demo_runs_from_any_folder_and_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "minpaint-example.png").write_text("mine")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    run = subprocess.run(
+        [sys.executable, "-m", "minpaint"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == ""
+    assert "minpaint-example-2.png" in run.stderr
+    assert "--prompt" in run.stderr  # what to try next
+    assert (tmp_path / "minpaint-example.png").read_text() == "mine"
+    with Image.open(tmp_path / "minpaint-example-2.png") as painting:
+        assert painting.size == (world.SIZE, world.SIZE)
+    with Image.open(tmp_path / "minpaint-example-2-strip.png") as strip:
+        assert strip.width > 3 * world.SIZE
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_example_is_for_the_model(tiny: Painter) -> None:
+    from minpaint.example import bundled
+
+    example = bundled()
+    Settings(example.prompt)
+    with Image.open(example.picture) as picture, Image.open(example.mask) as mask:
+        assert picture.size == mask.size == (world.SIZE, world.SIZE)
