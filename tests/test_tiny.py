@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -68,16 +69,20 @@ def the_kept_part_is_known(painter: Painter) -> None:
 
 
 def samplers_agree(painter: Painter) -> None:
-    differences = []
-    for case in list(cases())[:4]:
+    """Few steps of each sampler end near many of DDIM; the median, for now and then one settles elsewhere."""
+    differences: dict[str, list[float]] = {"pndm": [], "dpmpp": []}
+    for case in list(cases())[:5]:
         hole = to_unit(case.mask)[0, 0] > 0.5
-        runs = [
-            to_unit(painter(case.without, case.mask, case.prompt, sampler=sampler, steps=steps, seed=1)[0].image)
-            for sampler, steps in (("ddim", 40), ("pndm", 20), ("dpmpp", 15))
-        ]
-        differences += [255 * (run - runs[0])[0][:, hole].abs().mean() for run in runs[1:]]
-    found = float(torch.stack(differences).mean())
-    assert found <= 5, f"the samplers differ by {found:.1f} levels in the hole"
+
+        def run(sampler: str, steps: int, case: Case = case) -> Tensor:
+            [painting] = painter(case.without, case.mask, case.prompt, sampler=sampler, steps=steps, seed=case.number)
+            return 255 * to_unit(painting.image)[0]
+
+        reference = run("ddim", 40)
+        for sampler, steps in (("pndm", 25), ("dpmpp", 15)):
+            differences[sampler].append(float((run(sampler, steps) - reference)[:, hole].abs().mean()))
+    found = {sampler: statistics.median(values) for sampler, values in differences.items()}
+    assert max(found.values()) <= 5, f"the samplers differ in the hole by levels {found}"
 
 
 CHECKS = (the_prompt_is_followed, the_kept_part_is_known, samplers_agree)
