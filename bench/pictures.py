@@ -25,7 +25,7 @@ def save(picture: Image.Image, name: str) -> None:
 def main() -> None:
     painter, example = minpaint.load("tiny", device="cpu", dtype="fp32"), bundled()
     image, mask = example.picture, example.mask
-    paintings = [painter(image, mask, prompt, sampler="dpmpp", steps=20)[0].image for prompt in PROMPTS]
+    paintings = [painter(image, mask, prompt, sampler="ddim", steps=20)[0].image for prompt in PROMPTS]
     save(strip(image, mask, *paintings), "prompts.png")
     guesses = []
     for step in painter.steps(image, mask, example.prompt, sampler="ddim", steps=20):

@@ -24,7 +24,7 @@ SCENE = world.Scene(
     ),
 )
 PROMPT = "a red tower in a meadow by day"
-OPTIONS = ["--sampler", "dpmpp", "--steps", "15"]
+OPTIONS = ["--steps", "20"]
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
     python -m weights.train_tiny                 # writes weights/tiny
     python -m weights.train_tiny --work FOLDER   # where the state to resume from is kept
 
-The same command again goes on where it was stopped. On two cores the defaults take about an hour
-and a half, on a GPU minutes. The losses go to training.jsonl beside the checkpoint. Training
-needs a PyTorch with torch.optim.Muon (2.9 or newer); the checkpoint itself does not.
+The same command again goes on where it was stopped. On two cores the defaults take about an hour.
+The losses go to training.jsonl beside the checkpoint. Training needs a PyTorch with
+torch.optim.Muon (2.9 or newer); the checkpoint itself does not.
 """
 
 from __future__ import annotations
