@@ -84,13 +84,8 @@ def scenery(number: int) -> tuple[world.Scene, Image.Image]:
             x, y = scene.disc
             boxes.append((x - 0.12, y - 0.12, x + 0.12, y + 0.12))
         white = to_unit(mask)[0, 0]
-        if white.sum() >= 300 and not any(white[_pixels(box)].any() for box in boxes):
+        if white.sum() >= 300 and not any(white[world.pixels(box)].any() for box in boxes):
             return scene, mask
-
-
-def _pixels(box: world.Box) -> tuple[slice, slice]:
-    left, top, right, bottom = (max(round(world.SIZE * edge), 0) for edge in box)
-    return slice(top, bottom), slice(left, right)
 
 
 # The judges --------------------------------------------------------------------------------------
@@ -212,7 +207,7 @@ def reconstruct(number: int) -> tuple[float, float, int]:
     error = (rebuilt - pixels).square().mean((0, 1))
     boxes = torch.zeros_like(error, dtype=torch.bool)
     for thing in scene.things:
-        boxes[_pixels(thing.box)] = True
+        boxes[world.pixels(thing.box)] = True
     inside = float(error[boxes].mean()) if boxes.any() else 0.0
     return float(error.mean()), inside, int(boxes.sum())
 

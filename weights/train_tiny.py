@@ -45,6 +45,7 @@ from weights.random_checkpoint import (
 
 TINY = Path(__file__).parent / "tiny"
 FACTOR = 8  # pixels a latent cell
+DECAY = 0.998  # of the moving averages, a step
 
 UNET = unet_json(
     [64, 96, 128],
@@ -66,7 +67,7 @@ class Optimizer:
     """Muon for matrices (Jordan et al. 2024, torch.optim.Muon), AdamW for everything else.
 
     A convolution's weight [out, in, y, x] is a matrix [out, in y x] to Muon. The rates rise for
-    `warm_up` steps, stay, and fall to zero over the last part of the training.
+    50 steps, stay, and fall to zero over the last two fifths of the training.
     """
 
     def __init__(self, models: list[nn.Module], matrix_rate: float, rate: float, steps: int) -> None:
@@ -74,7 +75,6 @@ class Optimizer:
         self.weights = [p for name, p in named if p.ndim > 1 and "embedding" not in name]
         others = [p for name, p in named if p.ndim == 1 or "embedding" in name]
         self.matrices = [nn.Parameter(_matrix(p.detach())) for p in self.weights]
-        # weight_decay pulls towards zero by rate * decay a step
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Muon(self.matrices, lr=matrix_rate, weight_decay=0.01, adjust_lr_fn="original"),
             torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
@@ -113,9 +113,9 @@ def _matrix(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def follow(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
+def follow(average: nn.Module, model: nn.Module, step: int) -> None:
     """Move an exponential moving average one step on; it starts as a plain average."""
-    share = 1 - min(decay, (1 + step) / (10 + step))
+    share = 1 - min(DECAY, (1 + step) / (10 + step))
     for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
         slow.lerp_(fast, share)
 
@@ -130,7 +130,6 @@ class Training:
     steps: int
     work: Path
     log: Path
-    decay: float = 0.998
 
     def run(self, loss_at: Callable[[int], dict[str, Tensor]]) -> list[nn.Module]:
         """Take all steps, resuming where the saved state is; the averaged models.
@@ -154,7 +153,7 @@ class Training:
             terms = loss_at(step)
             self.optimizer.step(sum(terms.values(), torch.zeros(())), step)
             for model, average in zip(self.models, averages, strict=True):
-                follow(average, model, step, self.decay)
+                follow(average, model, step)
             for name, term in terms.items():
                 totals[name] = totals.get(name, 0.0) + term.item() / 100
             if (step + 1) % 100 == 0:
@@ -246,8 +245,7 @@ def _crop(rng: Random, size: int) -> tuple[Any, Tensor]:
     picture = world.draw(scene)
     weight = torch.ones(1, world.SIZE, world.SIZE)
     for thing in scene.things:
-        left, top, right, bottom = (round(world.SIZE * edge) for edge in thing.box)
-        weight[:, max(top, 0) : bottom, max(left, 0) : right] = 3.0
+        weight[0][world.pixels(thing.box)] = 3.0
     room = world.SIZE - size
     x, y = rng.randint(0, room), rng.randint(0, room)
     if room and scene.things and rng.random() < 0.75:
@@ -359,8 +357,7 @@ def _masks(rng: Random, scene: world.Scene) -> list[Any]:
 
 def _covered(hole: Tensor, thing: world.Thing) -> float:
     """The share of a thing's box that a hole [1, 1, y, x] hides."""
-    left, top, right, bottom = (max(round(world.SIZE * edge), 0) for edge in thing.box)
-    return float(hole[0, 0, top:bottom, left:right].mean())
+    return float(hole[0, 0][world.pixels(thing.box)].mean())
 
 
 def prompt_for(rng: Random, scene: world.Scene, hidden: tuple[bool, ...]) -> str:

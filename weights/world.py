@@ -319,6 +319,12 @@ class _Brush:
         self.block(PANE, -0.4, 0.42, 0, 0.42 + 0.12 + 0.06 * self.thing.shape)
 
 
+def pixels(box: Box, size: int = SIZE) -> tuple[slice, slice]:
+    """Rows and columns of a box in a picture of size x size pixels."""
+    left, top, right, bottom = (max(round(size * edge), 0) for edge in box)
+    return slice(top, bottom), slice(left, right)
+
+
 # Captions ----------------------------------------------------------------------------------------
 
 
