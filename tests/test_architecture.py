@@ -24,6 +24,7 @@ ORDER = [
     "vae",
     "text",
     "image",
+    "fill",
     "mask",
     "memory",
     "tensorfile",

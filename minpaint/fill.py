@@ -1,0 +1,108 @@
+"""Continuing a picture into its hole from what is known around it.
+
+Pictures are [n, c, Y, X] of any scale; `known` is [Y, X], True where a pixel may be used.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+COARSEST = 4  # pixels on the short side of the membrane's smallest grid
+SWEEPS = 32  # conjugate gradient steps on the finest grid; twice as many on each coarser one
+
+
+def membrane(x: Tensor, known: Tensor) -> Tensor:
+    """x with its unknown pixels on a membrane stretched over the known ones: Laplace's equation.
+
+    The unknown part is as smooth as the known values around it allow, and stays between their
+    least and largest. At the picture's own border the membrane is free (no flow across). Solved
+    by conjugate gradients on ever finer grids, each starting from the one before (cascadic
+    multigrid, Bornemann & Deuflhard 1996). With nothing known it is 0.
+    """
+    if not bool(known.any()):
+        return torch.zeros_like(x)
+    return _membrane(x.float() * known, known[None, None], SWEEPS)
+
+
+def _membrane(x: Tensor, known: Tensor, sweeps: int) -> Tensor:
+    if bool(known.all()):
+        return x
+    share = F.avg_pool2d(known.float(), 2, ceil_mode=True)
+    mean = F.avg_pool2d(x, 2, ceil_mode=True) / share.clamp(min=1e-6)
+    if min(x.shape[2:]) > COARSEST:
+        guess = _membrane(mean, share > 0, 2 * sweeps)
+        guess = F.interpolate(guess, size=x.shape[2:], mode="bilinear")
+    else:
+        guess = (x.sum((2, 3), keepdim=True) / known.sum()).expand_as(x)
+    return _relax(torch.where(known, x, guess), ~known, sweeps)
+
+
+def _relax(x: Tensor, unknown: Tensor, sweeps: int) -> Tensor:
+    """Conjugate gradient steps towards a vanishing Laplacian on the unknown pixels."""
+    residual = _laplacian(x) * unknown
+    direction, size = residual, residual.square().sum((2, 3), keepdim=True)
+    for _ in range(sweeps):
+        image = -_laplacian(direction) * unknown
+        step = size / (direction * image).sum((2, 3), keepdim=True).clamp(min=1e-20)
+        x = x + step * direction
+        residual = residual - step * image
+        before, size = size, residual.square().sum((2, 3), keepdim=True)
+        direction = residual + size / before.clamp(min=1e-20) * direction
+    return x
+
+
+def _laplacian(x: Tensor) -> Tensor:
+    """Sum of the differences to the four neighbours, [n, c, Y, X]; none across the border."""
+    out = torch.zeros_like(x)
+    across, down = x.diff(dim=3), x.diff(dim=2)
+    out[..., :-1] += across
+    out[..., 1:] -= across
+    out[..., :-1, :] += down
+    out[..., 1:, :] -= down
+    return out
+
+
+def nearest(known: Tensor) -> tuple[Tensor, Tensor]:
+    """For every pixel the flat index of the nearest known one, and its distance in pixels, both [Y, X].
+
+    Jump flooding (Rong & Tan 2006, with the extra first pass of their "1+JFA"). With nothing
+    known the index is -1 and the distance infinite.
+    """
+    height, width = known.shape
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    found = torch.where(known.cpu(), rows * width + columns, -1)
+    distance = torch.where(known.cpu(), 0.0, torch.inf)
+    jump = 1 << max((max(height, width) - 1).bit_length() - 1, 0)
+    jumps = [1]
+    while jump:
+        jumps.append(jump)
+        jump //= 2
+    for jump in jumps:
+        for down in (-jump, 0, jump):
+            for right in (-jump, 0, jump):
+                here = _overlap(height, down), _overlap(width, right)
+                there = _overlap(height, -down), _overlap(width, -right)
+                candidate = found[there]
+                away = torch.hypot(
+                    (candidate // width - rows[here]).float(),
+                    (candidate % width - columns[here]).float(),
+                ).masked_fill(candidate < 0, torch.inf)
+                closer = away < distance[here]
+                found[here] = torch.where(closer, candidate, found[here])
+                distance[here] = torch.where(closer, away, distance[here])
+    return found, distance
+
+
+def _overlap(size: int, shift: int) -> slice:
+    """Positions whose neighbour at -shift is inside; empty where none is."""
+    return slice(min(max(shift, 0), size), max(min(size, size + shift), 0))
+
+
+def from_nearest(x: Tensor, known: Tensor) -> Tensor:
+    """x with each unknown pixel a copy of the nearest known one; 0 with nothing known."""
+    if not bool(known.any()):
+        return torch.zeros_like(x)
+    found, _ = nearest(known)
+    return x.flatten(2)[:, :, found.to(x.device)]
