@@ -26,6 +26,7 @@ ORDER = [
     "image",
     "fill",
     "mask",
+    "seam",
     "memory",
     "tensorfile",
     "ldm",

@@ -1,0 +1,64 @@
+"""The seam: measuring it, and taking the colour step out of it.
+
+What a network paints is often a little off in colour, and its autoencoder adds to it; beside the
+kept pixels, which are pasted back exactly, the difference shows as an edge.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from minpaint.fill import membrane
+from minpaint.image import to_unit
+
+NEIGHBOURHOOD = 8  # pixels on both sides of the seam that it is compared with
+
+
+def match_colour(painted: Tensor, original: Tensor, kept: Tensor) -> Tensor:
+    """The painting, [3, Y, X], without the shift that it has on the kept pixels around the hole.
+
+    The network paints the kept pixels too: painted - original there is what it and the
+    autoencoder got wrong. A membrane carries that difference smoothly into the hole, where it
+    is subtracted; the painting keeps its own gradients and meets the kept pixels without a step
+    (Perez et al. 2003, Poisson image editing, equation 4; Farbman et al. 2009). kept: [Y, X].
+    """
+    shift = (painted - original)[None]
+    return painted - membrane(shift, kept)[0]
+
+
+def seam_error(picture: Image.Image, hole: Image.Image) -> float:
+    """How much the hole's edge shows, in 8-bit levels; 0 is not at all.
+
+    Across the edge the gradient should be what it is on both sides: the mean over all pairs of
+    pixels across the edge, and the colours, of |step - mean of the two steps beside it|, minus
+    the same over the pairs in the neighbourhood that do not cross it. Never below 0; 0 if there
+    is no edge.
+    """
+    levels = 255 * to_unit(picture.convert("RGB"))[0]
+    inside = to_unit(hole)[0, 0] > 0
+    across, beside = torch.zeros(2), torch.zeros(2)  # sums and counts
+    near = _near_the_edge(inside)
+    for _ in range(2):  # along x, then, everything transposed, along y
+        if levels.shape[2] >= 4:
+            step = levels.diff(dim=2)
+            bend = (step[..., 1:-1] - (step[..., :-2] + step[..., 2:]) / 2).abs().mean(0)
+            crossing = inside[:, 1:] != inside[:, :-1]
+            here = crossing[:, 1:-1]
+            clear = ~(crossing[:, 1:-1] | crossing[:, :-2] | crossing[:, 2:]) & near[:, 1:-2]
+            across += torch.tensor([float(bend[here].sum()), float(here.sum())])
+            beside += torch.tensor([float(bend[clear].sum()), float(clear.sum())])
+        levels, inside, near = levels.transpose(1, 2), inside.T, near.T
+    if across[1] == 0:
+        return 0.0
+    return max(float(across[0] / across[1] - beside[0] / beside[1].clamp(min=1)), 0.0)
+
+
+def _near_the_edge(inside: Tensor) -> Tensor:
+    """[Y, X], True up to NEIGHBOURHOOD pixels from the edge of the hole, on both sides."""
+    size = 2 * NEIGHBOURHOOD + 1
+    x = inside[None, None].float()
+    highest, lowest = (F.max_pool2d(sign * x, size, 1, NEIGHBOURHOOD) for sign in (1, -1))
+    return (highest + lowest)[0, 0] > 0
