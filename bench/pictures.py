@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 import minpaint
-from minpaint.example import bundled, strip
-from minpaint.image import to_image
+from minpaint.example import bundled
+from minpaint.frame import stages
+from minpaint.image import open_image, strip, to_image
+from minpaint.inpaint import open_frame
+from minpaint.settings import Settings
 
 FOLDER = Path(__file__).parent / "results"
 PROMPTS = ("a red tower", "a purple tree", "an orange house", "a yellow boat", "a meadow by day")
 SHOWN = (0, 4, 9, 14, 19)  # of 20 steps
 ZOOM = 2
+AMPLIFIED = 8
 
 
 def save(picture: Image.Image, name: str) -> None:
@@ -24,15 +28,25 @@ def save(picture: Image.Image, name: str) -> None:
 
 def main() -> None:
     painter, example = minpaint.load("tiny", device="cpu", dtype="fp32"), bundled()
-    image, mask = example.picture, example.mask
+    image, mask = open_image(example.picture), open_image(example.mask)
     paintings = [painter(image, mask, prompt, sampler="ddim", steps=20)[0].image for prompt in PROMPTS]
-    save(strip(image, mask, *paintings), "prompts.png")
+    save(strip([image, mask, *paintings]), "prompts.png")
     guesses = []
     for step in painter.steps(image, mask, example.prompt, sampler="ddim", steps=20):
         if step.i in SHOWN:
             with torch.inference_mode():
                 guesses.append(to_image(painter.vae.decode(step.x0 / painter.vae_config.scaling_factor)[0]))
-    save(strip(image, mask, *guesses), "steps.png")
+    save(strip([image, mask, *guesses]), "steps.png")
+
+    settings = Settings("a red tower", sampler="ddim", steps=20, feather=4)
+    frame = open_frame(image, mask, settings)
+    [view] = painter.views(frame, settings)
+    seen = stages(frame, view, painter.canvas(frame, settings, view, [frame.begin()]))
+    [painting] = painter.paint(frame, settings)
+    difference = ImageChops.difference(image, painting.image).point(lambda level: min(AMPLIFIED * level, 255))
+    shown = {name: seen[name] for name in ("mask", "latent cells", "network sees", "cover")}
+    shown |= {"before": image, "after": painting.image, f"difference x{AMPLIFIED}": difference}
+    save(strip([*shown.values()], [*shown]), "stages.png")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The models, ready to run."""
+    """The models, ready to run, and the files their weights came from."""
 
     name: str
     unet_config: UNetConfig
@@ -79,6 +79,7 @@ class Checkpoint:
     vae: VAE
     text_encoder: nn.Module
     tokenizer: Any
+    files: tuple[Path, ...]
 
 
 def load_checkpoint(
@@ -86,8 +87,7 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Describe a checkpoint, check that the budget can hold it, and build its models."""
     description = describe(model, dtype == torch.float16, config)
-    directories = (description.unet, description.vae, description.text_encoder)
-    check_budget(sum(_count(stored) for part in directories for stored in part.values()), dtype, budget)
+    check_budget(sum(_count(stored) for stored in _stored(description)), dtype, budget)
     return build(description, device, dtype)
 
 
@@ -140,7 +140,13 @@ def build(description: Description, device: torch.device, dtype: torch.dtype) ->
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=description.tokenizer(),
+        files=tuple(dict.fromkeys(stored.file for stored in _stored(description))),
     )
+
+
+def _stored(description: Description) -> Iterator[Stored]:
+    for part in (description.unet, description.vae, description.text_encoder):
+        yield from part.values()
 
 
 def _expand(path: str | Path) -> Path:

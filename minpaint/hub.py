@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,16 +112,31 @@ def verify(path: Path, digest: str) -> None:
     receipt = _receipt(mark)
     if receipt.exists():
         return
-    with path.open("rb") as file:
-        found = hashlib.sha256()
-        while block := file.read(1 << 22):
-            found.update(block)
-    if found.hexdigest() != digest:
+    found = sha256(path)
+    if found != digest:
         raise CheckpointError(
-            f"{path}: differs from the published file (SHA-256 {found.hexdigest()[:12]}..., expected "
+            f"{path}: differs from the published file (SHA-256 {found[:12]}..., expected "
             f"{digest[:12]}...); delete {path.resolve()} and fetch it again"
         )
     _remember(receipt)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            found.update(block)
+    return found.hexdigest()
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """One SHA-256 for the weights of a checkpoint: that of its file, or of its files' SHA-256 in order."""
+    digests = []
+    for path in files:
+        blob = path.resolve().name  # the hub's cache names large files by their SHA-256
+        digests.append(blob if re.fullmatch("[0-9a-f]{64}", blob) else sha256(path))
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _receipt(mark: Mapping[str, object]) -> Path:

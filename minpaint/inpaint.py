@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,85 +12,35 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from minpaint.canvas import Canvas, View, choose_views, reference_canvas
 from minpaint.checkpoint import Checkpoint
-from minpaint.errors import InputError, MinpaintError, MinpaintWarning
-from minpaint.image import ImageSource, open_image, to_image
-from minpaint.mask import Canvas, make_canvas
+from minpaint.errors import MinpaintError, MinpaintWarning
+from minpaint.frame import Frame, make_frame
+from minpaint.image import ImageSource, open_image, to_image, to_levels
+from minpaint.mask import reach_box
 from minpaint.memory import without_gradients
 from minpaint.samplers import Step, ddim, dpmpp, keep_nothing, pndm
 from minpaint.schedule import Schedule, make_schedule
+from minpaint.seam import NEIGHBOURHOOD, seam_error
+from minpaint.settings import Settings
 from minpaint.text import encode_prompt
-
-SAMPLERS = ("ddim", "pndm", "dpmpp")
-PROFILES = ("minpaint", "diffusers")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to paint and how, checked as it is made: InputError names a value that cannot be used.
-
-    prompt, negative_prompt: what to paint, and what guidance leads away from.
-    steps: sampler steps over the whole range of noise.
-    guidance: weight of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598); at 1 or
-        less it is left out.
-    strength: in (0, 1]; below 1 the hole starts from the noised picture and only the last
-        int(steps * strength) steps are run.
-    sampler: "ddim", "pndm" or "dpmpp"; None is what the checkpoint names.
-    eta: randomness of ddim, from 0 (none) to 1.
-    seed, count: paint `count` pictures, with the seeds seed, seed + 1, ...
-    profile: "minpaint" keeps every pixel outside the hole, and the input's size; "diffusers"
-        gives what diffusers.StableDiffusionInpaintPipeline gives.
-    """
-
-    prompt: str
-    negative_prompt: str = ""
-    steps: int = 50
-    guidance: float = 7.5
-    strength: float = 1.0
-    sampler: str | None = None
-    eta: float = 0.0
-    seed: int = 0
-    count: int = 1
-    profile: str = "minpaint"
-
-    def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt"):
-            if not isinstance(getattr(self, name), str):
-                raise InputError(f"{name} must be a string, not {type(getattr(self, name)).__name__}")
-            try:
-                getattr(self, name).encode()
-            except UnicodeEncodeError:
-                raise InputError(f"{name} {getattr(self, name)!r} is not valid UTF-8") from None
-        for name, least in (("steps", 1), ("count", 1), ("seed", 0)):
-            _check_whole(name, getattr(self, name), least)
-        if self.seed + self.count > 2**63:
-            raise InputError(f"seed {self.seed} is too large; use one under 2^63")
-        for name, most in (("guidance", math.inf), ("strength", 1), ("eta", 1)):
-            _check_number(name, getattr(self, name), most)
-        if self.strength == 0:
-            raise InputError("strength 0 would leave the picture as it is; use more than 0, up to 1")
-        if self.sampler is not None and self.sampler not in SAMPLERS:
-            raise InputError(f"sampler {self.sampler!r} is unknown; use {', '.join(SAMPLERS)}")
-        if self.profile not in PROFILES:
-            raise InputError(f"profile {self.profile!r} is unknown; use {', '.join(PROFILES)}")
-
-    @property
-    def seeds(self) -> range:
-        return range(self.seed, self.seed + self.count)
 
 
 @dataclass(frozen=True)
 class Painting:
     """One result.
 
-    image: the picture, in the size of the input. latents: the final ones, float32 on the CPU,
-    [4, y, x]. seed: the one that paints this picture again. steps: network calls really made.
+    image: the picture, in the size and mode of the input. latents: the final ones, float32 on
+    the CPU, [4, y, x]; of the last part, where the picture was painted in parts. seed: the one
+    that paints this picture again. steps: network calls really made. seam: how much the hole's
+    edge shows, in 8-bit levels (seam.seam_error).
     """
 
     image: Image.Image
     latents: Tensor
     seed: int
     steps: int
+    seam: float
 
 
 @dataclass(frozen=True)
@@ -100,7 +48,8 @@ class Job:
     """One checked request: the settings, and what they mean for this picture and checkpoint."""
 
     settings: Settings
-    canvas: Canvas
+    frame: Frame
+    views: list[View]
     sampler: str
     schedule: Schedule
 
@@ -122,107 +71,140 @@ class Painter:
         self.vae_config = checkpoint.vae_config
         self.scheduler_config = checkpoint.scheduler_config
         self.name = checkpoint.name
+        self.files = checkpoint.files
         self.device = device
         self.dtype = dtype
 
     def __call__(
         self,
         image: ImageSource,
-        mask: ImageSource,
+        mask: ImageSource | None,
         prompt: str,
         *,
-        negative_prompt: str = "",
-        steps: int = 50,
-        guidance: float = 7.5,
-        strength: float = 1.0,
-        sampler: str | None = None,
-        eta: float = 0.0,
-        seed: int = 0,
-        count: int = 1,
-        profile: str = "minpaint",
         on_step: Callable[[Step], object] | None = None,
+        **options: Any,
     ) -> list[Painting]:
         """Repaint the white part of the mask from a prompt.
 
         Args:
             image, mask: PIL images or paths. A mask of another size is scaled if its shape
-                matches.
+                matches; None repaints the image's transparent part, or what `expand` adds.
             on_step: called with every Step.
-            prompt and the others: see Settings.
+            options: negative_prompt, steps, guidance, seed, count, ... : the fields of Settings.
 
         Raises:
             InputError: an argument, the image or the mask cannot be used.
             MinpaintError: the network's output is not finite.
         """
-        settings = Settings(prompt, negative_prompt, steps, guidance, strength, sampler, eta, seed, count, profile)
-        return self.paint(image, mask, settings, on_step)
+        settings = Settings(prompt, **options)
+        return self.paint(open_frame(image, mask, settings), settings, on_step)
 
     def paint(
-        self,
-        image: ImageSource,
-        mask: ImageSource,
-        settings: Settings,
-        on_step: Callable[[Step], object] | None = None,
+        self, frame: Frame, settings: Settings, on_step: Callable[[Step], object] | None = None
     ) -> list[Painting]:
-        """The same call with its settings in one object."""
-        job = self._job(image, mask, settings)
-        latents = torch.empty(0)
-        for step in self._denoise(job):
-            latents = step.x
+        """The same call with its image and mask in one object, and its settings in another."""
+        job = self._job(frame, settings)
+        steps, calls = self._run(job), 0
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration as end:
+                pictures, latents = end.value
+                break
+            calls += 1
             if on_step is not None:
                 on_step(step)
+        pictures = self._composite(job, job.views[-1], pictures, latents)
         return [
-            Painting(self._decode(job, z), z.cpu().clone(), seed, len(job.schedule.timesteps))
-            for z, seed in zip(latents, settings.seeds, strict=True)
+            self._painting(job, picture, z, seed, calls)
+            for picture, z, seed in zip(pictures, latents, settings.seeds, strict=True)
         ]
 
-    def steps(self, image: ImageSource, mask: ImageSource, prompt: str, **options: Any) -> Iterator[Step]:
+    def steps(self, image: ImageSource, mask: ImageSource | None, prompt: str, **options: Any) -> Iterator[Step]:
         """The denoising loop as a generator of Steps, to be looked into.
 
         The options are those of the call, but for `on_step`. A step's x are the latents it ends
         with, [count, 4, y, x] float32, scaled as the UNet sees them; the last step's are the
-        painting's.
+        painting's. A picture painted in parts gives the steps of each.
         """
-        return self._denoise(self._job(image, mask, Settings(prompt, **options)))
+        settings = Settings(prompt, **options)
+        return self._run(self._job(open_frame(image, mask, settings), settings))
 
-    def _job(self, image: ImageSource, mask: ImageSource, settings: Settings) -> Job:
+    def views(self, frame: Frame, settings: Settings) -> list[View]:
+        """The parts in which a picture will be painted, one after the other."""
+        if settings.profile == "diffusers":
+            return [View((0, 0, *frame.original.size), frame.original.size, frame.hole, frame.cover)]
+        native = self.unet_config.sample_size * self.vae_config.factor
+        return choose_views(frame.hole, frame.cover, native, settings.context, settings.separate)
+
+    def _job(self, frame: Frame, settings: Settings) -> Job:
         """Check all that can be wrong with a request before any work is done."""
         config = self.scheduler_config
         sampler = settings.sampler or config.sampler
         if settings.eta > 0 and sampler != "ddim":
-            told = f"eta has no effect on the sampler {sampler}, only on ddim"
-            warnings.warn(told, MinpaintWarning, stacklevel=4)
+            _tell(f"eta has no effect on the sampler {sampler}, only on ddim")
+        if settings.fill != "original" and settings.strength == 1 and not settings.soft:
+            _tell(f"fill {settings.fill} has no effect at strength 1, where the hole starts from noise alone")
         warm_up = settings.sampler is None and sampler == "pndm" and not config.skip_prk_steps
         schedule = make_schedule(config, sampler, settings.steps, settings.strength, warm_up)
-        image, mask = open_image(image, "image"), open_image(mask, "mask")
-        canvas = make_canvas(image, mask, self.vae_config.factor, settings.profile)
-        return Job(settings, canvas, sampler, schedule)
+        views = self.views(frame, settings)
+        if settings.profile == "diffusers":
+            self.canvas(frame, settings, views[0], [frame.original])  # may be too small for it
+        return Job(settings, frame, views, sampler, schedule)
+
+    def canvas(self, frame: Frame, settings: Settings, view: View, pictures: list[Image.Image]) -> Canvas:
+        """What the network works on for one part of the pictures."""
+        factor = self.vae_config.factor
+        if settings.profile == "diffusers":
+            return reference_canvas(frame.original, frame.mask, factor)
+        return view.canvas(pictures, factor)
 
     @without_gradients
-    def _denoise(self, job: Job) -> Iterator[Step]:
-        """Text, encode, denoise. The order of the random draws is part of the contract."""
-        canvas, schedule, settings = job.canvas, job.schedule, job.settings
-        factor, inpainting = self.vae_config.factor, self.unet_config.in_channels == 9
-        random = _Random(settings.seeds, (4, *(n // factor for n in canvas.hole.shape[2:])), self.device)
-        hole = canvas.latent_hole(factor).to(self.device).expand(settings.count, -1, -1, -1)
-        contexts = self._contexts(settings)
+    def _run(self, job: Job) -> Generator[Step, None, tuple[list[Image.Image], Tensor]]:
+        """View after view. Ends with the pictures that the last view starts from, and its latents."""
+        contexts, random = self._contexts(job.settings), _Random(job.settings.seeds, self.device)
+        pictures, latents = [job.frame.begin()], torch.empty(0)
+        for number, view in enumerate(job.views):
+            if number > 0:
+                pictures = self._composite(job, job.views[number - 1], pictures, latents)
+            canvas = self.canvas(job.frame, job.settings, view, pictures)
+            for step in self._denoise(job, canvas, contexts, random):
+                latents = step.x
+                yield step
+        return pictures, latents
+
+    def _denoise(self, job: Job, canvas: Canvas, contexts: Tensor, random: _Random) -> Iterator[Step]:
+        """Encode, denoise. The order of the random draws is part of the contract."""
+        schedule, settings = job.schedule, job.settings
+        inpainting, own = self.unet_config.in_channels == 9, settings.profile == "minpaint"
+        canvas = canvas.to(self.device)
+        cells = canvas.cells.expand(settings.count, -1, -1, -1)
+        normal = partial(random.normal, (4, *cells.shape[2:]))
         watch = _Watch(self.dtype)
 
+        # what the steps start from, and what they leave around the hole; [n, 4, y, x]
         picture = None
+        unseen = own and settings.strength == 1 and not settings.soft  # the old content has no part in it
+        fill = "blur" if unseen else settings.fill
         if settings.strength < 1 or not inpainting:
-            picture = self._encode(canvas.pixels, random)  # [n, 4, y, x]
-        noise = random.normal()
+            picture = self._encode(canvas.filled(fill), normal())
+        noise = normal()
         conditioning = None
         if inpainting:
-            conditioning = torch.cat([hole, self._encode(canvas.masked_pixels, random)], dim=1)  # [n, 5, y, x]
+            masked = self._encode(canvas.masked_pixels, normal())
+            conditioning = torch.cat([(cells > 0).float(), masked], dim=1)  # [n, 5, y, x]
         else:
-            random.normal()  # the reference's draw for a masked picture that it then has no use for
+            normal()  # the reference's draw for a masked picture that it then has no use for
+        if picture is None and own:
+            picture = self._encode(canvas.filled(fill))
+        if picture is not None and fill == "noise":
+            picture = torch.where(cells > 0, normal(), picture)
 
         x, keep = noise, keep_nothing
         if picture is not None and settings.strength < 1:
             x = schedule.add_noise(picture, noise, schedule.timesteps[0])
-        if picture is not None and not inpainting:
-            keep = partial(_blend, picture, noise, hole, schedule)
+        if picture is not None and (own or not inpainting):
+            keep = partial(_blend, picture, noise, cells, schedule)
 
         def model(x: Tensor, t: int) -> Tensor:
             inputs = x if conditioning is None else torch.cat([x, conditioning], dim=1)
@@ -237,7 +219,7 @@ class Painter:
             return guided
 
         if job.sampler == "ddim":
-            yield from ddim(model, x, schedule, settings.eta, random.normal, keep)
+            yield from ddim(model, x, schedule, settings.eta, normal, keep)
         elif job.sampler == "pndm":
             yield from pndm(model, x, schedule, keep)
         else:
@@ -252,18 +234,34 @@ class Painter:
             raise MinpaintError(f"the text encoder gave NaN or infinity; {_way_out(self.dtype)}")
         return rows.to(self.dtype).repeat_interleave(settings.count, dim=0)
 
-    def _encode(self, pixels: Tensor, random: _Random) -> Tensor:
-        """Scaled latents [n, 4, y, x], one draw of the VAE's posterior for each seed."""
+    def _encode(self, pixels: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+        """Scaled latents [n, 4, y, x]: the VAE's posterior at a standard normal draw, or its mean."""
         moments = self._vae(lambda x: torch.cat(self.vae.encode(x), dim=1), pixels, "encoder")
         mean, logvar = moments.chunk(2, dim=1)
-        sample = mean + torch.exp(0.5 * logvar) * random.normal()
+        sample = mean + torch.exp(0.5 * logvar) * noise
         return self.vae_config.scaling_factor * sample
 
     @without_gradients
-    def _decode(self, job: Job, latents: Tensor) -> Image.Image:
-        """Final latents [4, y, x] to the finished picture."""
-        pixels = self._vae(self.vae.decode, latents[None] / self.vae_config.scaling_factor, "decoder")
-        return job.canvas.finish(to_image(pixels[0]))
+    def _composite(self, job: Job, view: View, pictures: list[Image.Image], latents: Tensor) -> list[Image.Image]:
+        """Decode one part, [n, 4, y, x], and put it into the pictures it was painted from."""
+        finished = []
+        for number, z in enumerate(latents):
+            pixels = self._vae(self.vae.decode, z[None] / self.vae_config.scaling_factor, "decoder")[0]
+            if job.settings.profile == "diffusers":
+                finished.append(to_image(pixels))
+            else:
+                before = pictures[number if len(pictures) > 1 else 0]
+                finished.append(view.finish(before, pixels, job.settings.color_match))
+        return finished
+
+    def _painting(self, job: Job, picture: Image.Image, latents: Tensor, seed: int, calls: int) -> Painting:
+        frame = job.frame
+        if job.settings.profile == "diffusers":
+            hole = to_levels(reference_canvas(frame.original, frame.mask, self.vae_config.factor).blanked[0, 0])
+        else:
+            picture, hole = frame.finish(picture), frame.hole
+        box = reach_box(hole, 2 * NEIGHBOURHOOD)
+        return Painting(picture, latents.cpu().clone(), seed, calls, seam_error(picture.crop(box), hole.crop(box)))
 
     def _vae(self, call: Callable[[Tensor], Tensor], x: Tensor, part: str) -> Tensor:
         """A VAE pass in float32 out, redone in float32 altogether if half precision overflows."""
@@ -286,13 +284,13 @@ class Painter:
 class _Random:
     """One CPU generator a seed, so that a seed gives one picture on any device, in any batch."""
 
-    def __init__(self, seeds: range, shape: tuple[int, ...], device: torch.device) -> None:
+    def __init__(self, seeds: range, device: torch.device) -> None:
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        self.shape, self.device = shape, device
+        self.device = device
 
-    def normal(self) -> Tensor:
-        """Standard normal float32 [n, 4, y, x]: the next draw of every generator."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal float32 [n, *shape]: the next draw of every generator."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
 
 
 class _Watch:
@@ -318,25 +316,22 @@ def _way_out(dtype: torch.dtype) -> str:
     return "the checkpoint is damaged" if dtype == torch.float32 else "use dtype fp32"
 
 
-def _blend(picture: Tensor, noise: Tensor, hole: Tensor, schedule: Schedule, x: Tensor, t: int | None) -> Tensor:
-    """Put the known part of the picture, noised to timestep t, around the hole (4-channel UNets).
+def _blend(picture: Tensor, noise: Tensor, cells: Tensor, schedule: Schedule, x: Tensor, t: int | None) -> Tensor:
+    """Put the known part of the picture, noised to timestep t, around the hole.
 
-    Avrahami et al. 2022, Blended latent diffusion (arXiv:2206.02779), section 4.1.
+    Avrahami et al. 2022, Blended latent diffusion (arXiv:2206.02779), section 4.1. A cell that
+    is painted only partly is let go when no more than that part of the run is left
+    (differential diffusion, Levin & Fried 2023, arXiv:2306.00950, algorithm 1).
     """
     known = picture if t is None else schedule.add_noise(picture, noise, t)
-    return (1 - hole) * known + hole * x
+    left = 0 if t is None else sum(later <= t for later in schedule.timesteps) / len(schedule.timesteps)
+    return torch.where((cells > left) | (cells == 1), x, known)
 
 
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < least:
-        raise InputError(f"{name} must be a whole number from {least} up, not {value!r}")
+def open_frame(image: ImageSource, mask: ImageSource | None, settings: Settings) -> Frame:
+    """An image and its mask, from files or from memory, ready to be painted in."""
+    return make_frame(open_image(image), None if mask is None else open_image(mask, "mask"), settings)
 
 
-def _check_number(name: str, value: Any, most: float) -> None:
-    try:
-        fits = not isinstance(value, (bool, str)) and 0 <= float(value) <= most and math.isfinite(value)
-    except (TypeError, ValueError, OverflowError):
-        fits = False
-    if not fits:
-        limits = f"a number from 0 to {most}" if math.isfinite(most) else "a finite number from 0 up"
-        raise InputError(f"{name} must be {limits}, not {value!r}")
+def _tell(line: str) -> None:
+    warnings.warn(line, MinpaintWarning, stacklevel=4)

@@ -1,90 +1,71 @@
-"""The canvas: a picture and its hole at the size the network works on, and back again.
+"""The hole: which pixels are painted, how strongly, and how far the painting may reach out.
 
-White in a mask means repaint. A pixel belongs to the hole from grey level 128 up.
+White in a mask means repaint; a pixel belongs to the hole from grey level 128 up, or, in a soft
+mask, from 1 up. A hole is a picture in mode L of the image's size: 0 kept, 255 painted, between
+them painted partly (soft masks only).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from minpaint.errors import InputError
-from minpaint.image import KEPT_MODES, to_pixels, to_unit
+from minpaint.fill import nearest
+from minpaint.image import alpha_of, to_levels, to_unit
 
 NOTHING_TO_PAINT = "the mask has nothing to paint: no pixel is white (grey level 128 or more)"
 SHAPE_TOLERANCE = 0.01  # relative difference of the aspect ratios of a picture and its mask
 
-
-@dataclass(frozen=True)
-class Canvas:
-    """What one run works on.
-
-    pixels: [1, 3, Y, X] in [-1, 1]; hole: [1, 1, Y, X], 1 where to paint, 0 elsewhere; Y and X
-    are multiples of the VAE's factor. original and cover are the picture as it was given and
-    its hole in that size (mode L), for pasting back; None in the reference's profile.
-    """
-
-    pixels: Tensor
-    hole: Tensor
-    original: Image.Image | None
-    cover: Image.Image | None
-
-    @property
-    def masked_pixels(self) -> Tensor:
-        """The picture with its hole blanked to mid-grey, [1, 3, Y, X]."""
-        return self.pixels * (self.hole < 0.5)
-
-    def latent_hole(self, factor: int) -> Tensor:
-        """The hole at the size of the latents, [1, 1, Y / factor, X / factor].
-
-        Sampled at the corner of each cell, as the reference does.
-        """
-        return self.hole[:, :, ::factor, ::factor]
-
-    def finish(self, painted: Image.Image) -> Image.Image:
-        """The painted picture in the original's size, everything outside the hole pasted back."""
-        if self.original is None or self.cover is None:
-            return painted
-        painted = painted.crop((0, 0, *self.original.size)).convert(self.original.mode)
-        return Image.composite(painted, self.original, self.cover)
+Box = tuple[int, int, int, int]  # left, top, right, bottom; the last two are outside
 
 
-def make_canvas(image: Image.Image, mask: Image.Image, factor: int, profile: str) -> Canvas:
-    """Bring a picture and its mask to a size that the network takes.
+def find_hole(
+    image: Image.Image,
+    mask: Image.Image | None,
+    soft: bool = False,
+    margins: tuple[int, int, int, int] = (0, 0, 0, 0),
+) -> Image.Image:
+    """The hole in an image: from its mask, else from its transparent part, and its new margins.
 
-    profile "minpaint": the picture is extended to the next multiple of the VAE's factor by
-    mirroring, never resampled, and what is kept will be pasted back. "diffusers": both are
-    resampled to the last multiple (diffusers/image_processor.py, VaeImageProcessor), and the
-    painting comes back in that size.
+    margins (left, top, right, bottom): pixels by which the image will be expanded, all of them
+    hole; the hole has the expanded size.
 
     Raises:
-        InputError: the mask has another shape than the picture, or there is nothing to paint.
+        InputError: the mask has another shape than the image, or there is nothing to paint.
     """
-    check_mask(image, mask)
-    if profile == "diffusers":
-        size = (image.width - image.width % factor, image.height - image.height % factor)
-        if 0 in size:
-            raise InputError(f"image of {image.width}x{image.height} is under {factor} pixels wide or high")
-        pixels = to_pixels(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
-        hole = _hole(mask.resize(size, Image.Resampling.LANCZOS))
-        canvas = Canvas(pixels, hole, None, None)
-    else:
-        original = image if image.mode in KEPT_MODES else image.convert("RGB")
-        hole = _hole(mask.resize(image.size, Image.Resampling.LANCZOS))
-        cover = Image.frombytes("L", image.size, (hole * 255).to(torch.uint8).numpy().tobytes())
-        canvas = Canvas(mirror(to_pixels(image), factor), mirror(hole, factor), original, cover)
-    if not bool(canvas.hole.any()):
-        raise InputError(NOTHING_TO_PAINT)
-    return canvas
-
-
-def check_mask(image: Image.Image, mask: Image.Image) -> None:
-    """InputError unless the mask has the picture's aspect ratio and something to paint."""
     if 0 in image.size:
         raise InputError(f"the image is empty ({image.width}x{image.height} pixels)")
+    if mask is not None:
+        check_shape(image, mask)
+        levels = _scale(mask if mask.mode == "L" else mask.convert("L"), image.size, soft)
+    else:
+        alpha = alpha_of(image)
+        if alpha is None and not any(margins):
+            raise InputError("no mask, and the image has no transparent part to repaint; add --mask")
+        levels = ImageChops.invert(alpha) if alpha is not None else Image.new("L", image.size)
+    if not soft:
+        levels = levels.point(lambda level: 255 * (level >= 128))
+    left, top, right, bottom = margins
+    if any(margins):
+        hole = Image.new("L", (image.width + left + right, image.height + top + bottom), 255)
+        hole.paste(levels, (left, top))
+        levels = hole
+    if levels.getbbox() is None:
+        raise InputError(
+            NOTHING_TO_PAINT
+            if mask is not None
+            else "nothing to paint: the image has no pixel more than half transparent; add --mask"
+        )
+    return levels
+
+
+def check_shape(image: Image.Image, mask: Image.Image) -> None:
+    """InputError unless the mask has the image's aspect ratio."""
     if 0 in mask.size:
         raise InputError(f"the mask is empty ({mask.width}x{mask.height} pixels)")
     across, down = mask.width * image.height, mask.height * image.width
@@ -93,20 +74,79 @@ def check_mask(image: Image.Image, mask: Image.Image) -> None:
             f"the mask is {mask.width}x{mask.height} but the image {image.width}x{image.height}: "
             f"the shapes differ; make the mask at the image's size"
         )
-    if not bool(_hole(mask).any()):
-        raise InputError(NOTHING_TO_PAINT)
 
 
-def mirror(x: Tensor, factor: int) -> Tensor:
-    """Extend [b, c, Y, X] at the bottom and the right to multiples of `factor` by mirroring."""
-    for dim in (2, 3):
-        size = x.shape[dim]
-        period = max(2 * size - 2, 1)  # there and back, the edges once
-        positions = torch.arange(-(-size // factor) * factor) % period
-        x = x.index_select(dim, torch.where(positions < size, positions, period - positions))
-    return x
+def _scale(mask: Image.Image, size: tuple[int, int], soft: bool) -> Image.Image:
+    """A mask at the image's size; made smaller, it loses no stroke however thin."""
+    if mask.size == size:
+        return mask
+    if mask.width <= size[0] and mask.height <= size[1]:
+        return mask.resize(size, Image.Resampling.LANCZOS)
+    levels = to_unit(mask)
+    if not soft:
+        levels = (levels >= 0.5).float()
+    return to_levels(F.adaptive_max_pool2d(levels, (size[1], size[0]))[0, 0])
 
 
-def _hole(mask: Image.Image) -> Tensor:
-    """1 where a mask is at least half white, [1, 1, Y, X]."""
-    return (to_unit(mask.convert("L")) >= 0.5).float()
+def grow(hole: Image.Image, pixels: int) -> Image.Image:
+    """The hole with every pixel within a distance of it added, as strong as the nearest of the hole."""
+    if pixels == 0:
+        return hole
+    return _around(hole, pixels, lambda level, distance: level * (distance <= pixels))
+
+
+def feather(hole: Image.Image, pixels: int) -> Image.Image:
+    """The cover: how much of the painting shows, 255 in the hole and falling to 0 beyond the distance.
+
+    Outward only: no pixel of the hole lets the old picture through.
+    """
+    cover = hole.point(lambda level: 255 * (level > 0))
+    if pixels == 0:
+        return cover
+
+    def fall(level: Tensor, distance: Tensor) -> Tensor:
+        x = (1 - distance / (pixels + 1)).clamp(0, 1)
+        return torch.where(distance > pixels, 0.0, x * x * (3 - 2 * x))
+
+    return _around(cover, pixels, fall)
+
+
+def _around(hole: Image.Image, reach: int, change: Callable[[Tensor, Tensor], Tensor]) -> Image.Image:
+    """The hole changed near it: change(level of the nearest pixel of the hole, its distance)."""
+    box = reach_box(hole, reach)
+    part = to_unit(hole.crop(box))[0, 0]
+    found, distance = nearest(part > 0)
+    changed = hole.copy()
+    changed.paste(to_levels(change(part.flatten()[found], distance)), box[:2])
+    return changed
+
+
+def reach_box(hole: Image.Image, reach: int = 0) -> Box:
+    """The box of the hole and the pixels around it, inside the picture."""
+    box = hole.getbbox()
+    assert box is not None  # find_hole saw to it
+    left, top, right, bottom = box
+    return max(left - reach, 0), max(top - reach, 0), min(right + reach, hole.width), min(bottom + reach, hole.height)
+
+
+def islands(hole: Image.Image, apart: int) -> Iterator[Image.Image]:
+    """The parts of a hole that are at least some `apart` pixels from one another, each as a hole, top first."""
+    height, width = -(-hole.height // apart), -(-hole.width // apart)
+    coarse = F.adaptive_max_pool2d(_padded(hole, apart), (height, width))[0, 0] > 0
+    left_over = {(int(y), int(x)) for y, x in coarse.nonzero().tolist()}
+    while left_over:
+        island, border = Image.new("1", (width, height)), [min(left_over)]
+        left_over.discard(border[0])
+        while border:
+            y, x = border.pop()
+            island.putpixel((x, y), 1)
+            around = {(y + down, x + right) for down in (-1, 0, 1) for right in (-1, 0, 1)} & left_over
+            left_over -= around
+            border += around
+        cells = island.resize((width * apart, height * apart), Image.Resampling.NEAREST)
+        yield Image.composite(hole, Image.new("L", hole.size), cells.crop((0, 0, *hole.size)))
+
+
+def _padded(hole: Image.Image, multiple: int) -> Tensor:
+    x = to_unit(hole)
+    return F.pad(x, (0, -hole.width % multiple, 0, -hole.height % multiple))

@@ -27,6 +27,9 @@ ORDER = [
     "fill",
     "mask",
     "seam",
+    "canvas",
+    "settings",
+    "frame",
     "memory",
     "tensorfile",
     "ldm",
@@ -34,6 +37,7 @@ ORDER = [
     "example",
     "checkpoint",
     "inpaint",
+    "saving",
     "__init__",
     "__main__",
 ]

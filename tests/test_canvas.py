@@ -1,51 +1,34 @@
-"""Pictures and masks: what comes in, what the network sees, what goes out."""
+"""What the network works on: which part of the picture, at what size, with which hole."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_mask, make_picture
-from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from minpaint.canvas import View, choose_views, mirror, reference_canvas
 from minpaint.errors import InputError
-from minpaint.image import open_image, to_image, to_pixels
-from minpaint.mask import make_canvas, mirror
+from minpaint.fill import membrane
+from minpaint.mask import feather
+
+NATIVE = 64
 
 
-def test_pixels_and_back_equal_the_reference() -> None:
-    picture = make_picture(40, 24)
-    reference = VaeImageProcessor(vae_scale_factor=8)
-    pixels = to_pixels(picture)
-    assert torch.equal(pixels, reference.preprocess(picture, height=24, width=40))
-    assert to_image(pixels[0]).tobytes() == picture.tobytes()
-    wild = torch.randn(3, 24, 40) * 2
-    expected = reference.postprocess(wild[None], output_type="pil", do_denormalize=[True])[0]
-    assert to_image(wild).tobytes() == expected.tobytes()
+def hole_at(size: tuple[int, int], *boxes: tuple[int, int, int, int]) -> Image.Image:
+    hole = Image.new("L", size)
+    for left, top, right, bottom in boxes:
+        ImageDraw.Draw(hole).rectangle((left, top, right - 1, bottom - 1), fill=255)
+    return hole
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
-def test_any_mode_is_read_and_kept_pixels_stay(mode: str) -> None:
-    picture = make_picture(21, 13).convert("L" if mode in ("I;16", "I", "F") else "RGB").convert(mode)
-    canvas = make_canvas(picture, make_mask(21, 13), 8, "minpaint")
-    assert canvas.pixels.shape == (1, 3, 16, 24)
-    finished = canvas.finish(Image.new("RGB", (24, 16), (255, 0, 0)))
-    assert finished.size == picture.size
-    before = picture if mode == finished.mode else picture.convert("RGB")
-    hole = np.asarray(make_mask(21, 13)) >= 128
-    assert (np.asarray(finished) == np.asarray(before))[~hole].all()
-    assert (np.asarray(finished.convert("RGB"))[hole] == (255, 0, 0)).all() or mode in ("L", "LA")
+def whole(hole: Image.Image) -> View:
+    [view] = choose_views(hole, feather(hole, 0), NATIVE, "whole", False)
+    return view
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I"])
-def test_sixteen_bits_become_eight_without_clipping(mode: str) -> None:
-    picture = Image.new(mode, (2, 1), 65535)
-    picture.putpixel((0, 0), 300)
-    assert [open_image(picture).getpixel((x, 0)) for x in (0, 1)] == [1, 255]
-    assert open_image(Image.new(mode, (1, 1), 200)).convert("L").getpixel((0, 0)) == 200
+# The canvas --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 3), (8, 8), (9, 17), (2, 600)])
@@ -59,62 +42,139 @@ def test_mirroring_extends_to_multiples_and_keeps_what_is_there(size: tuple[int,
         assert np.array_equal(extended[0], np.pad(x[0].numpy(), [(0, 0), *pad], mode="reflect"))
 
 
-def test_the_mask_in_latents_is_the_references_nearest_neighbour() -> None:
-    canvas = make_canvas(make_picture(72, 40), make_mask(72, 40), 8, "diffusers")
-    expected = torch.nn.functional.interpolate(canvas.hole, size=(5, 9))
-    assert torch.equal(canvas.latent_hole(8), expected)
+@pytest.mark.parametrize("at", [(0, 0), (7, 7), (8, 3), (30, 21), (63, 63)])
+def test_one_pixel_paints_its_latent_cell_and_no_other(at: tuple[int, int]) -> None:
+    x, y = at
+    canvas = whole(hole_at((64, 64), (x, y, x + 1, y + 1))).canvas([make_picture()], 8)
+    assert canvas.cells.nonzero().tolist() == [[0, 0, y // 8, x // 8]]
+    blanked = canvas.blanked[0, 0].nonzero()
+    assert len(blanked) == 64  # blanking is the painted cells, pixel for pixel
+    assert bool((blanked // 8 == torch.tensor([y // 8, x // 8])).all())
+    assert float(canvas.masked_pixels[0, :, canvas.blanked[0, 0] > 0].abs().max()) == 0
 
 
-@pytest.mark.parametrize("size", [(32, 32), (128, 128), (100, 100), (33, 33)])
-def test_a_mask_of_the_same_shape_is_scaled(size: tuple[int, int]) -> None:
-    canvas = make_canvas(make_picture(), make_mask(*size), 8, "minpaint")
-    assert canvas.hole.shape[2:] == (64, 64)
-    assert 0.1 < float(canvas.hole.mean()) < 0.5
+def test_a_soft_cell_is_as_strong_as_its_strongest_pixel() -> None:
+    hole = hole_at((16, 8), (0, 0, 4, 4))
+    hole.putpixel((12, 5), 100)
+    hole.putpixel((13, 5), 40)
+    canvas = whole(hole).canvas([make_picture(16, 8)], 8)
+    assert canvas.cells[0, 0, 0].tolist() == pytest.approx([1.0, 100 / 255])
 
 
-@pytest.mark.parametrize("size", [(64, 32), (60, 64), (128, 64), (1, 64)])
-def test_a_mask_of_another_shape_is_refused(size: tuple[int, int]) -> None:
-    with pytest.raises(InputError, match=f"{size[0]}x{size[1]}.*64x64"):
-        make_canvas(make_picture(), Image.new("L", size, 255), 8, "minpaint")
+@pytest.mark.parametrize("fill", ["original", "edge", "blur", "blank", "noise"])
+def test_fills_change_the_hole_and_nothing_else(fill: str) -> None:
+    canvas = whole(hole_at((64, 64), (16, 16, 40, 48))).canvas([make_picture()], 8)
+    inside = canvas.blanked[0, 0] > 0
+    filled = canvas.filled(fill)
+    assert torch.equal(filled[..., ~inside], canvas.pixels[..., ~inside])
+    if fill == "original":
+        assert torch.equal(filled, canvas.pixels)
+    elif fill == "edge":
+        assert torch.equal(filled[0, :, 30, 16], canvas.pixels[0, :, 30, 15])
+        assert torch.equal(filled[0, :, 17, 28], canvas.pixels[0, :, 15, 28])
+    elif fill == "blur":
+        assert torch.equal(filled, membrane(canvas.pixels, ~inside))
+    else:
+        assert float(filled[..., inside].abs().max()) == 0
 
 
-@pytest.mark.parametrize("level", [0, 127])
-def test_a_mask_without_white_is_refused(level: int) -> None:
-    with pytest.raises(InputError, match="nothing to paint"):
-        make_canvas(make_picture(), Image.new("L", (64, 64), level), 8, "minpaint")
+def test_the_references_canvas_is_the_references() -> None:
+    from diffusers.image_processor import VaeImageProcessor
+
+    image, mask = make_picture(75, 43), make_mask(75, 43)
+    canvas = reference_canvas(image, mask, 8)
+    masks = VaeImageProcessor(8, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+    expected = masks.preprocess(mask, height=40, width=72)
+    assert torch.equal(canvas.blanked, expected)
+    assert torch.equal(canvas.pixels, VaeImageProcessor(8).preprocess(image, height=40, width=72))
+    assert torch.equal(canvas.cells, torch.nn.functional.interpolate(expected, size=(5, 9)))
+    with pytest.raises(InputError, match="under 8"):
+        reference_canvas(make_picture(7, 40), make_mask(7, 40), 8)
 
 
-def test_grey_level_128_is_white_enough() -> None:
-    assert float(make_canvas(make_picture(), Image.new("L", (64, 64), 128), 8, "minpaint").hole.min()) == 1.0
+# The views ---------------------------------------------------------------------------------------
 
 
-def test_files_that_are_no_pictures_are_refused_in_one_line(tmp_path: Path) -> None:
-    whole = tmp_path / "whole.png"
-    make_picture(200, 200).save(whole)
-    faults = {"missing.png": None, "empty.png": b"", "text.png": b"hello", "short.png": whole.read_bytes()[:2000]}
-    for name, content in faults.items():
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=name) as caught:
-            open_image(tmp_path / name)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="directory"):
-        open_image(tmp_path)
-    with pytest.raises(InputError, match="int"):
-        open_image(3)  # type: ignore[arg-type]
+@pytest.mark.parametrize("size", [(64, 64), (128, 128), (10, 900), (1, 1)])
+def test_pictures_up_to_four_times_the_native_area_are_painted_whole(size: tuple[int, int]) -> None:
+    hole = hole_at(size, (0, 0, 1, 1))
+    [view] = choose_views(hole, hole, NATIVE, "auto", False)
+    assert (view.box, view.size) == ((0, 0, *size), size)
 
 
-def test_pillows_limit_on_decompression_bombs_stays_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_picture(100, 100).save(tmp_path / "large.png")
-    assert Image.MAX_IMAGE_PIXELS is not None
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
-    with pytest.raises(InputError, match=r"large\.png.*too many pixels"):
-        open_image(tmp_path / "large.png")
+def test_auto_takes_the_native_size_around_a_small_hole_as_it_is() -> None:
+    hole = hole_at((6000, 4000), (5960, 2000, 5990, 2010))
+    [view] = choose_views(hole, hole, NATIVE, "auto", False)
+    assert view.size == (NATIVE, NATIVE)
+    left, top, right, bottom = view.box
+    assert (right - left, bottom - top) == (NATIVE, NATIVE)
+    assert right == 6000  # moved inside
+    assert left <= 5960
+    assert top <= 2000
+    assert bottom >= 2010
 
 
-def test_the_orientation_of_a_photo_is_applied(tmp_path: Path) -> None:
-    picture = make_picture(30, 20)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn right
-    picture.save(tmp_path / "turned.png", exif=exif)
-    assert open_image(tmp_path / "turned.png").size == (20, 30)
+def test_auto_scales_twice_a_large_hole_down_to_the_native_size() -> None:
+    hole = hole_at((6000, 4000), (1000, 1000, 1800, 1300))
+    [view] = choose_views(hole, hole, NATIVE, "auto", False)
+    assert view.box[2] - view.box[0] == view.box[3] - view.box[1] == 1600
+    assert view.size == (NATIVE, NATIVE)
+
+
+@pytest.mark.parametrize(("context", "side"), [(0, 20), (6, 32), (100, 220)])
+def test_a_number_is_pixels_around_the_hole(context: int, side: int) -> None:
+    hole = hole_at((500, 400), (200, 200, 220, 210))
+    [view] = choose_views(hole, hole, NATIVE, context, False)
+    assert view.box[2] - view.box[0] == view.box[3] - view.box[1] == side
+    assert view.size == (NATIVE, NATIVE)
+
+
+def test_the_crop_holds_the_feather_too() -> None:
+    hole = hole_at((500, 400), (200, 200, 220, 210))
+    [view] = choose_views(hole, feather(hole, 12), NATIVE, 0, False)
+    assert view.box[0] <= 188
+    assert view.box[2] >= 232
+
+
+def test_separate_paints_far_parts_one_after_the_other() -> None:
+    far, near = ((400, 300, 420, 310), (430, 300, 440, 310)), (10, 10, 30, 30)
+    hole = hole_at((500, 400), *far, near)
+    views = choose_views(hole, hole, NATIVE, "auto", True)
+    assert [view.cover.getbbox() is not None for view in views] == [True, True]
+    assert views[0].box[1] < 100 < views[1].box[1]
+    white = [sum(view.cover.histogram()[128:]) for view in views]
+    assert white == [400, 300]
+    together = choose_views(hole, hole, NATIVE, "auto", False)
+    assert len(together) == 1
+
+
+def test_a_part_not_yet_painted_is_hidden_from_the_network_and_a_painted_one_is_not() -> None:
+    hole = hole_at((128, 128), (8, 8, 24, 24), (96, 96, 112, 112))
+    first, second = choose_views(hole, hole, NATIVE, "auto", True)
+    assert sum(first.hole.histogram()[128:]) == 512
+    assert sum(second.hole.histogram()[128:]) == 256
+    assert second.hole.getpixel((10, 10)) == 0
+
+
+@pytest.mark.parametrize(("box", "size"), [((0, 0, 64, 64), (64, 64)), ((8, 4, 40, 52), (64, 96))])
+def test_what_is_painted_goes_back_under_the_cover_only(box: tuple[int, int, int, int], size: tuple[int, int]) -> None:
+    picture, hole = make_picture(64, 64), hole_at((64, 64), (16, 16, 30, 40))
+    view = View(box, size, hole.crop(box), hole.crop(box))
+    red = torch.tensor([1.0, -1, -1])[:, None, None].expand(3, size[1], size[0])
+    finished = np.asarray(view.finish(picture, red, match=False))
+    inside = np.asarray(hole) > 0
+    assert (finished[inside] == (255, 0, 0)).all()
+    assert (finished[~inside] == np.asarray(picture)[~inside]).all()
+
+
+def test_a_colour_shift_is_taken_out() -> None:
+    """A painting that is right but for its tint comes out right."""
+    picture, hole = make_picture(64, 64), hole_at((64, 64), (16, 16, 40, 48))
+    pixels = 2 * torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255 - 1
+    tint = torch.tensor([0.1, -0.06, 0.03])[:, None, None] + 0.1 * torch.linspace(-1, 1, 64)
+    view = whole(hole)
+    off = np.asarray(view.finish(picture, pixels + tint, match=False)).astype(int) - np.asarray(picture)
+    matched = np.asarray(view.finish(picture, pixels + tint, match=True)).astype(int) - np.asarray(picture)
+    inside = np.asarray(hole) > 0
+    assert np.abs(off[inside]).mean() > 5
+    assert np.abs(matched[inside]).mean() < 1.5  # what the palest pixels cannot show is cut off

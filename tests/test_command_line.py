@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -67,6 +68,11 @@ def test_json_is_one_object_on_stdout(
     assert [output["seed"] for output in report["outputs"]] == [3, 4]
     assert [Path(output["path"]).name for output in report["outputs"]] == ["out-3.png", "out-4.png"]
     assert (report["sampler"], report["steps"], report["steps_run"]) == ("ddim", 2, 2)
+    for output in report["outputs"]:
+        assert output["receipt"]["changed"] == 0
+        assert output["receipt"]["outside"] > 0
+        assert output["receipt"]["lossless"] is True
+        assert output["seam"] >= 0
     assert {"out-3.png", "out-4.png"} < files(tmp_path)
 
 
@@ -117,14 +123,31 @@ def test_existing_output_is_kept_unless_told_otherwise(
         (["--model", "./missing.safetensors"], "missing.safetensors"),
         (["--config", "nowhere"], "config"),
         (["--profile", "x"], "--profile"),
+        (["--fill", "x"], "--fill"),
+        (["--grow", "-1"], "grow"),
+        (["--feather", "x"], "--feather"),
+        (["--context", "near"], "context"),
+        (["--expand", "up=3"], "expand"),
+        (["--explain-mask", "nowhere/x.png"], "nowhere"),
+        (["--like", "nowhere.png"], "nowhere.png"),
+        (["--profile", "diffusers", "--soft"], "soft"),
+        (["-o", "-", "--count", "2"], "stdout"),
+        (["-o", "-", "--json"], "--json"),
+        (["--image", "-", "--mask", "-"], "stdin"),
         (["--frobnicate"], "--frobnicate"),
     ],
     ids=" ".join,
 )
 def test_bad_usage_is_one_line_and_exit_code_2(
-    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], culprit: str
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    culprit: str,
 ) -> None:
     before = files(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     assert main(command("--quiet", *more)) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -209,3 +232,182 @@ def test_an_installed_command_line_runs_as_a_module_from_any_folder(
     assert run.returncode == 0, run.stderr
     assert run.stdout == ""
     assert "\r" not in run.stderr  # no progress bar where nobody watches
+
+
+# Holes without a mask, records, streams ----------------------------------------------------------
+
+
+def without(arguments: list[str], option: str) -> list[str]:
+    at = arguments.index(option)
+    return arguments[:at] + arguments[at + 2 :]
+
+
+def test_the_receipt_is_printed(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command()) == 0
+    assert "receipt: changed pixels outside: 0 of" in capsys.readouterr().err
+
+
+def test_a_lossy_receipt_says_so(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command("-o", str(tmp_path / "x.jpg"), "--json")) == 0
+    out, err = capsys.readouterr()
+    assert "JPEG is lossy" in err
+    assert json.loads(out)["outputs"][0]["receipt"]["lossless"] is False
+
+
+def test_a_file_that_does_not_keep_what_it_should_is_never_left_behind(
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save = Image.Image.save
+
+    def faulty(self: Image.Image, *rest: object, **options: object) -> None:
+        self.putpixel((0, 36), (1, 2, 3))
+        save(self, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "save", faulty)
+    before = files(tmp_path)
+    assert main(command("--quiet")) == 1
+    assert "changed pixels outside: 1 of" in capsys.readouterr().err
+    assert files(tmp_path) == before
+
+
+def test_without_a_mask_the_transparent_part_is_painted(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    picture = make_picture(50, 37).convert("RGBA")
+    picture.putalpha(make_mask(50, 37).point(lambda level: 255 - level))
+    picture.save(tmp_path / "photo.png")
+    assert main(without(command(), "--mask")) == 0
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.mode == "RGBA"
+        assert image.getchannel("A").getextrema() == (255, 255)
+
+
+def test_without_a_mask_or_transparency_it_asks_for_one(
+    command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(without(command(), "--mask")) == 2
+    assert "--mask" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--image", "--prompt", "-o"])
+def test_what_is_needed_is_asked_for(
+    command: Callable[..., list[str]], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(without(command(), option)) == 2
+    assert option in capsys.readouterr().err
+
+
+def test_expand_paints_new_sides(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert main([*without(command(), "--mask"), "--expand", "left=8,bottom=3"]) == 0
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.size == (58, 40)
+
+
+def test_explain_mask_draws_the_stages(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert main(command("--explain-mask", str(tmp_path / "why.png"), "--grow", "2", "--feather", "3")) == 0
+    with Image.open(tmp_path / "why.png") as image:
+        assert image.width > 7 * 96
+    assert main(command("--explain-mask", str(tmp_path / "why.png"), "-o", str(tmp_path / "b.png"))) == 2
+    assert main(command("--explain-mask", str(tmp_path / "c.png"), "-o", str(tmp_path / "c.png"))) == 2
+    assert files(tmp_path) == {"photo.png", "mask.png", "out.png", "why.png"}
+
+
+def test_best_writes_the_painting_with_the_smallest_seam(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command("--count", "3", "--json", "--no-color-match")) == 0
+    every = json.loads(capsys.readouterr().out)["outputs"]
+    assert main(command("--count", "3", "--json", "--no-color-match", "--best")) == 0
+    [best] = json.loads(capsys.readouterr().out)["outputs"]
+    assert Path(best["path"]).name == "out.png"
+    assert best["seam"] == min(output["seam"] for output in every)
+    [same] = [output for output in every if output["seed"] == best["seed"]]
+    with Image.open(same["path"]) as a, Image.open(best["path"]) as b:
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_info_tells_and_like_repeats(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    first, again = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
+    options = ["--seed", "5", "--feather", "2", "--no-color-match", "--context", "whole", "--strength", "0.9"]
+    assert main(command("-o", str(first), *options)) == 0
+    capsys.readouterr()
+    assert main(["info", str(first), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["prompt"], record["seed"], record["steps"], record["feather"]) == ("a dog", 5, 2, 2)
+    assert len(record["model_sha256"]) == len(record["image_sha256"]) == len(record["mask_sha256"]) == 64
+    assert main(["info", str(first)]) == 0
+    assert "prompt: a dog" in capsys.readouterr().out
+    assert main(["paint", "--like", str(first), "-o", str(again)]) == 0
+    assert "not what it was" not in capsys.readouterr().err
+    assert first.read_bytes() == again.read_bytes()
+    changed = tmp_path / f"c.{suffix}"
+    assert main(["paint", "--like", str(first), "-o", str(changed), "--seed", "6", "--color-match"]) == 0
+    assert first.read_bytes() != changed.read_bytes()
+    capsys.readouterr()
+    main(["info", str(changed), "--json"])
+    record_again = json.loads(capsys.readouterr().out)
+    assert record_again == record | {"seed": 6, "color_match": True}
+
+
+def test_like_says_what_has_changed_since(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command()) == 0
+    make_picture(50, 37, seed=8).save(tmp_path / "photo.png")
+    capsys.readouterr()
+    assert main(["paint", "--like", str(tmp_path / "out.png"), "-o", str(tmp_path / "b.png")]) == 0
+    assert "photo.png is not what it was" in capsys.readouterr().err
+
+
+def test_a_record_cannot_say_where_to_write(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    from PIL import PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    record = {"minpaint": "x", "output": str(tmp_path / "evil.png"), "overwrite": True, "explain_mask": "evil.png"}
+    info.add_text("minpaint", json.dumps(record))
+    make_picture(9, 9).save(tmp_path / "like.png", pnginfo=info)
+    (tmp_path / "out.png").write_bytes(b"precious")
+    before = files(tmp_path)
+    assert main(command("--like", str(tmp_path / "like.png"))) == 2
+    assert files(tmp_path) == before
+
+
+def test_info_on_a_picture_of_someone_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_picture().save(tmp_path / "a.png")
+    assert main(["info", str(tmp_path / "a.png")]) == 2
+    assert "a.png holds no record" in capsys.readouterr().err
+
+
+def test_no_record_leaves_none(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert main(command("--no-record")) == 0
+    assert main(["info", str(tmp_path / "out.png")]) == 2
+
+
+def test_a_pipe_in_and_out(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    arguments = command("-o", "-", "--image", "-")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-m", "minpaint", *arguments],
+        input=(tmp_path / "photo.png").read_bytes(),
+        capture_output=True,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stderr
+    with Image.open(io.BytesIO(run.stdout)) as image:
+        assert image.size == (50, 37)
+    assert main(command()) == 0
+    with Image.open(tmp_path / "out.png") as image, Image.open(io.BytesIO(run.stdout)) as piped:
+        assert image.tobytes() == piped.tobytes()
+
+
+def test_the_steps_really_run_are_said(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command("--steps", "10", "--strength", "0.3", "--fill", "blur", "--json")) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["steps_run"] == 3
+    assert "3 network calls" in err

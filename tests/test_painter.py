@@ -13,6 +13,7 @@ from conftest import largest_level_difference, make_mask, make_picture, relative
 from PIL import Image
 
 import minpaint
+import minpaint.inpaint
 from minpaint.errors import MinpaintWarning
 from minpaint.inpaint import Painter
 from minpaint.memory import choose_device, choose_dtype, parse_budget
@@ -190,6 +191,25 @@ def test_a_text_encoder_that_gives_nan_is_an_error(
         ({"mask": Image.new("L", (64, 64))}, "nothing to paint"),
         ({"mask": Image.new("L", (64, 32), 255)}, "64x32"),
         ({"image": Image.new("RGB", (0, 0))}, "empty"),
+        ({"grow": -1}, "grow"),
+        ({"feather": 1.5}, "feather"),
+        ({"soft": 1}, "soft"),
+        ({"separate": "yes"}, "separate"),
+        ({"color_match": None}, "color_match"),
+        ({"context": "near"}, "context 'near'"),
+        ({"context": -3}, "context"),
+        ({"context": 2.0}, "context"),
+        ({"fill": "grass"}, "grass"),
+        ({"expand": "west=3"}, "west"),
+        ({"expand": "left"}, "left"),
+        ({"expand": "left=-3"}, "left=-3"),
+        ({"expand": "left=3,left=4"}, "twice"),
+        ({"expand": {"left": 1.5}}, "left"),
+        ({"expand": 7}, "expand"),
+        ({"expand": "left=99999999"}, "too many"),
+        ({"mask": None}, "--mask"),
+        ({"profile": "diffusers", "grow": 2}, "grow is not for profile diffusers"),
+        ({"profile": "diffusers", "context": "whole"}, "context is not for profile diffusers"),
     ],
     ids=str,
 )
@@ -281,3 +301,139 @@ def test_auto_is_float32_on_a_cpu() -> None:
     assert choose_dtype("auto", torch.device("cuda")) == torch.float16
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type in ("cpu", "cuda")
+
+
+# The default profile -----------------------------------------------------------------------------
+
+
+def test_the_kept_cells_end_as_the_pictures_own(painter: Paint, picture: Image.Image, mask: Image.Image) -> None:
+    """At every step, and for models that were trained for inpainting too."""
+    for family in ("small-sd1", "small-sd1-4ch"):
+        ours = painter(family)
+        settings = minpaint.inpaint.Settings("a dog", steps=4)
+        frame = minpaint.inpaint.open_frame(picture, mask, settings)
+        canvas = ours.canvas(frame, settings, ours.views(frame, settings)[0], [picture])
+        kept = (canvas.cells == 0).expand(1, 4, -1, -1)
+        ends = [ours(picture, mask, prompt, steps=4)[0].latents[None] for prompt in ("a dog", "a cat")]
+        assert torch.equal(ends[0][kept], ends[1][kept])
+        assert not torch.equal(ends[0][~kept], ends[1][~kept])
+
+
+def test_the_old_content_of_the_hole_does_not_matter_at_full_strength(
+    painter: Paint, picture: Image.Image, mask: Image.Image
+) -> None:
+    other = picture.copy()
+    other.paste((255, 0, 0), (0, 0), mask.point(lambda level: 255 * (level >= 128)))
+    for family in ("small-sd1", "small-sd1-4ch"):
+        a, b = (painter(family)(image, mask, "a dog", steps=3)[0] for image in (picture, other))
+        assert torch.equal(a.latents, b.latents)
+    a, b = (painter("small-sd1")(image, mask, "a dog", steps=3, strength=0.7)[0] for image in (picture, other))
+    assert not torch.allclose(a.latents, b.latents)
+
+
+def test_the_old_content_of_a_soft_hole_matters(painter: Paint, picture: Image.Image) -> None:
+    mask, other = Image.new("L", (64, 64)), picture.copy()
+    mask.paste(100, (16, 16, 48, 48))
+    other.paste((255, 0, 0), (16, 16, 48, 48))
+    a, b = (painter("small-sd1")(image, mask, "a dog", steps=5, soft=True)[0] for image in (picture, other))
+    assert relative_error(a.latents, b.latents) > 1e-2
+
+
+def test_every_fill_starts_elsewhere(painter: Paint, picture: Image.Image, mask: Image.Image) -> None:
+    ends = {
+        fill: painter("small-sd1")(picture, mask, "a dog", steps=4, strength=0.5, fill=fill)[0].latents
+        for fill in ("original", "edge", "blur", "noise", "blank")
+    }
+    for name, latents in ends.items():
+        for other, others in ends.items():
+            assert name == other or relative_error(latents, others) > 1e-3, (name, other)
+
+
+def test_a_fill_without_effect_is_said(painter: Paint, picture: Image.Image, mask: Image.Image) -> None:
+    with pytest.warns(MinpaintWarning, match="fill blur has no effect"):
+        painter("small-sd1")(picture, mask, "a dog", steps=2, fill="blur")
+
+
+def test_a_soft_mask_lets_dark_pixels_go_late(painter: Paint, picture: Image.Image) -> None:
+    """Differential diffusion: at each step the cells at least as light as the run has left are free."""
+    mask = Image.new("L", (64, 64))
+    for column in range(8):
+        mask.paste(255 * column // 7, (8 * column, 0, 8 * column + 8, 64))
+    ours = painter("small-sd1")
+    seen = [
+        list(ours.steps(picture, mask, prompt, steps=7, soft=True, sampler="ddim")) for prompt in ("a dog", "a cat")
+    ]
+    for i, (a, b) in enumerate(zip(*seen, strict=True)):
+        free = ((a.x - b.x).abs().amax((0, 1, 2)) > 0).tolist()
+        left = (6 - i) / 7
+        assert free == [column / 7 > left or column == 7 for column in range(8)], i
+
+
+def test_parts_far_apart_are_painted_one_after_the_other(painter: Paint) -> None:
+    image, mask = make_picture(200, 200), Image.new("L", (200, 200))
+    mask.paste(255, (5, 5, 20, 20))
+    mask.paste(255, (150, 160, 170, 180))
+    ours = painter("small-sd1")
+    steps = list(ours.steps(image, mask, "a dog", steps=3, separate=True))
+    assert [step.i for step in steps] == [0, 1, 2, 0, 1, 2]
+    assert {step.x.shape for step in steps} == {(1, 4, 8, 8)}
+    batch = ours(image, mask, "a dog", steps=3, separate=True, count=2, seed=4)
+    for painting in batch:
+        assert painting.steps == 6
+        [single] = ours(image, mask, "a dog", steps=3, separate=True, seed=painting.seed)
+        assert largest_level_difference(single.image, painting.image) <= 1
+
+
+def test_a_large_picture_is_painted_in_a_crop(painter: Paint) -> None:
+    """And the same crop alone paints the same."""
+    image, mask = make_picture(300, 250), Image.new("L", (300, 250))
+    mask.paste(255, (150, 100, 170, 120))
+    ours = painter("small-sd1")
+    [large] = ours(image, mask, "a dog", steps=3)
+    box = (128, 78, 192, 142)
+    [small] = ours(image.crop(box), mask.crop(box), "a dog", steps=3)
+    assert large.latents.shape == (4, 8, 8)
+    assert torch.equal(large.latents, small.latents)
+    assert large.image.crop(box).tobytes() == small.image.tobytes()
+
+
+@pytest.mark.parametrize("sides", ["left=10,top=3", {"left": 10, "top": 3}])
+def test_expanding_paints_the_new_sides_and_keeps_the_picture(painter: Paint, sides: Any) -> None:
+    image = make_picture(50, 37)
+    [painting] = painter("small-sd1")(image, None, "a dog", steps=2, expand=sides)
+    assert painting.image.size == (60, 40)
+    assert painting.image.crop((10, 3, 60, 40)).tobytes() == image.tobytes()
+
+
+def test_transparency_is_the_hole_and_becomes_opaque(painter: Paint) -> None:
+    image, mask = make_picture(50, 37).convert("RGBA"), make_mask(50, 37)
+    image.putalpha(mask.point(lambda level: 255 - level))
+    [painting] = painter("small-sd1")(image, None, "a dog", steps=2)
+    assert painting.image.mode == "RGBA"
+    assert painting.image.getchannel("A").getextrema() == (255, 255)
+    with pytest.warns(MinpaintWarning, match="stays so"):
+        [by_mask] = painter("small-sd1")(image, mask, "a dog", steps=2)
+    assert by_mask.image.getchannel("A").tobytes() == image.getchannel("A").tobytes()
+    assert by_mask.latents.equal(painting.latents)
+
+
+def test_a_transparent_hole_under_a_mask_is_said(painter: Paint, mask: Image.Image) -> None:
+    image = make_picture().convert("RGBA")
+    image.putalpha(0)
+    with pytest.warns(MinpaintWarning, match="transparent in the image and stays so"):
+        painter("small-sd1")(image, mask, "a dog", steps=2)
+
+
+def test_a_hole_that_the_references_scaling_loses_is_refused(painter: Paint, picture: Image.Image) -> None:
+    mask = Image.new("L", (640, 640))
+    mask.putpixel((300, 300), 255)
+    with pytest.raises(minpaint.InputError, match="nothing to paint"):
+        painter("small-sd1")(picture, mask, "a dog", steps=2, profile="diffusers")
+    painter("small-sd1")(picture, mask, "a dog", steps=2)
+
+
+def test_colour_matching_is_on_and_can_be_turned_off(painter: Paint, picture: Image.Image, mask: Image.Image) -> None:
+    on, off = (painter("small-sd1")(picture, mask, "a dog", steps=2, color_match=m)[0] for m in (True, False))
+    assert torch.equal(on.latents, off.latents)
+    assert on.image.tobytes() != off.image.tobytes()
+    assert on.seam < off.seam

@@ -104,12 +104,12 @@ def test_an_ignored_prompt_shows(tiny: Painter, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_swapped_mask_shows(tiny: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = minpaint.inpaint.make_canvas
+    make = minpaint.inpaint.reference_canvas
 
-    def swapped(image: Image.Image, mask: Image.Image, factor: int, profile: str) -> Any:
-        return make(image, ImageOps.invert(mask.convert("L")), factor, profile)
+    def swapped(image: Image.Image, mask: Image.Image, factor: int) -> Any:
+        return make(image, ImageOps.invert(mask.convert("L")), factor)
 
-    monkeypatch.setattr(minpaint.inpaint, "make_canvas", swapped)
+    monkeypatch.setattr(minpaint.inpaint, "reference_canvas", swapped)
     with pytest.raises(AssertionError, match="kept part"):
         the_kept_part_is_known(tiny)
 

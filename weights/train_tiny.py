@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from minpaint.canvas import reference_canvas
 from minpaint.config import scheduler_config, text_config, unet_config, vae_config
 from minpaint.image import to_pixels
-from minpaint.mask import make_canvas
 from minpaint.schedule import alphas_cumprod
 from minpaint.text import END, build_text_encoder, load_tokenizer
 from minpaint.unet import UNet
@@ -325,10 +325,10 @@ class Examples:
                 scene = world.scene(rng)
                 picture = world.draw(scene)
                 for mask in _masks(rng, scene):
-                    canvas = make_canvas(picture, mask, FACTOR, "minpaint")
+                    canvas = reference_canvas(picture, mask, FACTOR)
                     masked.append(canvas.masked_pixels)
-                    holes.append(canvas.latent_hole(FACTOR).half())
-                    hidden.append(tuple(_covered(canvas.hole, thing) >= 0.5 for thing in scene.things))
+                    holes.append(canvas.cells.half())
+                    hidden.append(tuple(_covered(canvas.blanked, thing) >= 0.5 for thing in scene.things))
                 whole.append(canvas.pixels)
             latents.append(encode(whole))
             blanked.append(encode(masked))

@@ -1,0 +1,110 @@
+"""The picture as it was given, around what is painted: what is kept of it, down to its mode."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+from PIL import Image, ImageChops, ImageDraw
+
+from minpaint.canvas import Canvas, View
+from minpaint.errors import InputError, MinpaintWarning
+from minpaint.image import alpha_of, expand, keep_mode, mixable, restore_mode, strip, to_image, to_levels
+from minpaint.mask import feather, find_hole, grow
+from minpaint.settings import Settings
+
+LARGEST_SHOWN = 512  # pixels on the longer side of a picture in the explanation
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An image ready to be painted in, and what of it may change.
+
+    original: in a mode that can be kept, with its new margins. mask: as given, or the hole found
+    in the image. hole: which pixels are painted; cover: those and the feather around them, both
+    in mode L and of the original's size. opaque: the hole was the transparent part, and will
+    not be transparent any more.
+    """
+
+    original: Image.Image
+    mask: Image.Image
+    hole: Image.Image
+    cover: Image.Image
+    opaque: bool
+
+    @property
+    def touched(self) -> Image.Image:
+        """The pixels that may change, mode 1."""
+        return self.cover.point(lambda level: 255 * (level > 0)).convert("1", dither=Image.Dither.NONE)
+
+    def begin(self) -> Image.Image:
+        """The picture to paint in, as L, LA, RGB or RGBA."""
+        return mixable(self.original)
+
+    def finish(self, painted: Image.Image) -> Image.Image:
+        """What was painted in, in the original's mode; every pixel not touched is the original's."""
+        if self.opaque and painted.mode.endswith("A"):
+            painted = painted.copy()
+            painted.putalpha(ImageChops.lighter(painted.getchannel("A"), self.cover))
+        return restore_mode(painted, self.original, self.touched)
+
+
+def make_frame(image: Image.Image, mask: Image.Image | None, settings: Settings) -> Frame:
+    """Find and shape the hole; without a mask it is the image's transparent part.
+
+    Raises:
+        InputError: the mask has another shape than the image, or there is nothing to paint.
+    """
+    left, top, right, bottom = settings.margins
+    width, height = image.width + left + right, image.height + top + bottom
+    if any(settings.margins) and width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise InputError(f"expand {settings.expand} would make {width}x{height} pixels: too many; add less")
+    hole = grow(find_hole(image, mask, settings.soft, settings.margins), settings.grow)
+    original = expand(keep_mode(image), settings.margins)
+    alpha = alpha_of(original)
+    opaque = mask is None and alpha is not None
+    if mask is not None and alpha is not None and ImageChops.multiply(alpha, hole).getbbox() is None:
+        told = "the hole is transparent in the image and stays so; leave out the mask to make it opaque"
+        warnings.warn(told, MinpaintWarning, stacklevel=3)
+    return Frame(original, mask or hole, hole, feather(hole, settings.feather), opaque)
+
+
+def explain(frame: Frame, view: View, canvas: Canvas) -> Image.Image:
+    """Every stage of the mask side by side: what is given, what the network sees, what will show."""
+    pictures = stages(frame, view, canvas)
+    longest = max(frame.original.size)
+    scale = min(LARGEST_SHOWN / longest, max(LARGEST_SHOWN // (2 * longest), 1))
+    size = (max(round(frame.original.width * scale), 96), max(round(frame.original.height * scale), 1))
+    return strip([_inside(picture, size) for picture in pictures.values()], list(pictures))
+
+
+def stages(frame: Frame, view: View, canvas: Canvas) -> dict[str, Image.Image]:
+    """The stages of the mask by name, each in its own size."""
+    picture = frame.begin().convert("RGB")
+    boxed = picture.copy()
+    left, top, right, bottom = view.box
+    ImageDraw.Draw(boxed).rectangle(
+        (left, top, right - 1, bottom - 1), outline="red", width=max(picture.width // 200, 1)
+    )
+    cells = to_levels(canvas.cells[0, 0]).resize(
+        (canvas.blanked.shape[3], canvas.blanked.shape[2]), Image.Resampling.NEAREST
+    )
+    return {
+        "image and crop": boxed,
+        "mask": frame.mask.convert("L").resize(picture.size),
+        "hole": frame.hole,
+        "in the crop": view.hole,
+        "latent cells": cells,
+        "network sees": to_image(canvas.masked_pixels[0]),
+        "cover": frame.cover,
+    }
+
+
+def _inside(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A picture scaled to fit a size, on grey."""
+    fit = min(size[0] / picture.width, size[1] / picture.height)
+    scaled = (max(round(picture.width * fit), 1), max(round(picture.height * fit), 1))
+    sheet = Image.new("RGB", size, "grey")
+    sheet.paste(picture.convert("RGB").resize(scaled, Image.Resampling.NEAREST if fit > 1 else Image.Resampling.BOX))
+    return sheet

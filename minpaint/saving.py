@@ -1,0 +1,189 @@
+"""Pictures to files: format, metadata, the record of the run, and the receipt.
+
+The receipt is proof that kept pixels were kept: the file is read again and compared with the
+original. The record is all that is needed to paint the picture again; it travels in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import reduce
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image, ImageChops, PngImagePlugin
+
+from minpaint.errors import InputError, MinpaintError
+from minpaint.frame import Frame
+from minpaint.image import ImageSource, open_image
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+LOSSY = ("JPEG",)
+LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; libjpeg's and the format's limits
+OPTIONS: dict[str, dict[str, Any]] = {
+    "PNG": {},
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"lossless": True, "exact": True},
+    "TIFF": {},
+}
+RECORD = "minpaint"  # keyword of the record's PNG text chunk, and a key of every record
+NO_TEXT = (RECORD, "XML:com.adobe.xmp")  # text chunks that are not carried over as they are
+EXIF_FOLDER, GPS_FOLDER, USER_COMMENT, ASCII = 0x8769, 0x8825, 0x9286, b"ASCII\0\0\0"
+# EXIF tags about the picture: description, camera, software, date, artist, computer, copyright;
+# the others say how the old file's pixels are laid out, or hold a preview of the old picture
+CARRIED = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x013C, 0x8298)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What the saved file has changed outside the hole and its feather.
+
+    changed: pixels there that differ from the original's, of `outside`; largest: by how many
+    8-bit levels at most. lossless: whether the file's format can keep every pixel.
+    """
+
+    changed: int
+    outside: int
+    largest: int
+    lossless: bool
+
+    def __str__(self) -> str:
+        told = f"changed pixels outside: {self.changed} of {self.outside}"
+        if self.lossless:
+            return told
+        return f"{told}, by up to {self.largest} levels: JPEG is lossy; PNG, WebP and TIFF keep them exactly"
+
+
+def check_target(target: Path, size: tuple[int, int]) -> None:
+    """InputError if the format of a file cannot hold a picture of this size."""
+    kind = FORMATS[target.suffix.lower()]
+    if max(size) > LONGEST_SIDE.get(kind, max(size)):
+        raise InputError(f"output {target}: {kind} holds up to {LONGEST_SIDE[kind]} pixels a side; use .png or .tif")
+
+
+def save(image: Image.Image, frame: Frame | None, record: dict[str, Any] | None, target: Path | BinaryIO) -> Receipt:
+    """Write a painting to a file, or as PNG to a stream, once it has been read back and compared.
+
+    A file is written beside its target and renamed, so that a killed run leaves no half picture,
+    and one that did not keep what it should is never left behind. Without a frame nothing is
+    compared and no metadata carried.
+
+    Raises:
+        MinpaintError: a pixel outside the hole has changed although the format is lossless.
+    """
+    kind = FORMATS[target.suffix.lower()] if isinstance(target, Path) else "PNG"
+    if not isinstance(target, Path):
+        content = BytesIO()
+        _write(image, frame, record, kind, content)
+        receipt = _compare(content, frame, kind)
+        target.write(content.getvalue())
+        target.flush()
+        return receipt
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            _write(image, frame, record, kind, file)
+        receipt = _compare(name, frame, kind)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return receipt
+
+
+def read_record(source: ImageSource) -> dict[str, Any]:
+    """The record in a file that minpaint wrote; InputError if there is none."""
+    image = open_image(source)
+    text = image.info.get(RECORD)
+    if text is None:
+        comment = image.getexif().get_ifd(EXIF_FOLDER).get(USER_COMMENT, b"")
+        comment = comment.encode("latin-1", "replace") if isinstance(comment, str) else bytes(comment)
+        text = comment.removeprefix(ASCII).decode("ascii", "replace")
+    try:
+        record = json.loads(text)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or RECORD not in record:
+        raise InputError(f"{source} holds no record of a painting; only files that minpaint wrote do")
+    return record
+
+
+def _write(image: Image.Image, frame: Frame | None, record: dict[str, Any] | None, kind: str, file: BinaryIO) -> None:
+    original = frame.original if frame is not None else Image.new("L", (1, 1))
+    options = OPTIONS[kind] | _metadata(original, kind)
+    exif = _exif(original)
+    if record is not None and kind == "PNG":
+        options["pnginfo"].add_text(RECORD, json.dumps(record))
+    elif record is not None:
+        exif.get_ifd(EXIF_FOLDER)[USER_COMMENT] = ASCII + json.dumps(record).encode("ascii")
+    if len(exif) or any(exif.get_ifd(folder) for folder in (EXIF_FOLDER, GPS_FOLDER)):
+        options["exif"] = exif.tobytes()
+    _fit(image, kind).save(file, kind, **options)
+
+
+def _metadata(original: Image.Image, kind: str) -> dict[str, Any]:
+    """What of an original's metadata its format takes, but for EXIF, as options for Pillow."""
+    info = original.info
+    kept = {key: info[key] for key in ("icc_profile", "dpi", "xmp") if info.get(key)}
+    if kind == "JPEG" and info.get("comment"):
+        kept["comment"] = info["comment"]
+    if kind == "PNG":
+        kept["pnginfo"] = PngImagePlugin.PngInfo()
+        for key, value in info.items():
+            if isinstance(key, str) and isinstance(value, str) and key not in NO_TEXT:
+                kept["pnginfo"].add_itxt(key, value)
+    return kept
+
+
+def _exif(original: Image.Image) -> Image.Exif:
+    """An original's EXIF without what is about the old file."""
+    given, exif = original.getexif(), Image.Exif()
+    for tag in CARRIED:
+        if tag in given:
+            exif[tag] = given[tag]
+    for folder in (EXIF_FOLDER, GPS_FOLDER):
+        exif.get_ifd(folder).update(given.get_ifd(folder))
+    exif.get_ifd(EXIF_FOLDER).pop(USER_COMMENT, None)
+    return exif
+
+
+def _fit(image: Image.Image, kind: str) -> Image.Image:
+    """The picture in a mode its format takes: JPEG has no transparency, which goes on white."""
+    if kind != "JPEG" or image.mode in ("L", "RGB"):
+        return image
+    if image.mode == "1":
+        return image.convert("L")
+    clear = image.convert("RGBA")
+    flat = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
+    return flat.convert("L" if image.mode == "LA" else "RGB")
+
+
+def _compare(file: str | BytesIO, frame: Frame | None, kind: str) -> Receipt:
+    if frame is None:
+        return Receipt(0, 0, 0, kind not in LOSSY)
+    with Image.open(file) as saved:
+        saved.load()
+        original = _fit(frame.original, kind)
+        modes = {saved.mode, original.mode}
+        mode = "RGBA" if len(modes) > 1 or "P" in modes else "L" if modes == {"1"} else saved.mode
+        if saved.size != original.size:
+            raise MinpaintError(f"the file came out as {saved.size}, not {original.size}; nothing was written")
+        pairs = zip(saved.convert(mode).split(), original.convert(mode).split(), strict=True)
+        difference = reduce(ImageChops.lighter, (ImageChops.difference(a, b) for a, b in pairs))
+    counts = difference.histogram(ImageChops.invert(frame.touched.convert("L")))[:256]
+    largest = max((level for level in range(256) if counts[level]), default=0)
+    receipt = Receipt(sum(counts[1:]), sum(counts), largest, kind not in LOSSY)
+    if receipt.lossless and receipt.changed:
+        raise MinpaintError(f"{receipt}: this must not be; nothing was written, please report it")
+    return receipt
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,187 @@
+"""Files: the receipt that proves what was kept, the metadata, and the record that repeats a run."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_mask, make_picture
+from PIL import Image, PngImagePlugin
+
+from minpaint.errors import InputError, MinpaintError
+from minpaint.frame import Frame
+from minpaint.image import KEPT_MODES
+from minpaint.inpaint import open_frame
+from minpaint.saving import check_target, read_record, save
+from minpaint.settings import Settings
+
+RECORD = {"minpaint": "0", "prompt": "a dög \U0001f415 on a bench", "seed": 3}
+
+
+def frame_of(image: Image.Image | Path) -> Frame:
+    size = image.size if isinstance(image, Image.Image) else Image.open(image).size
+    return open_frame(image, make_mask(*size), Settings(""))
+
+
+def painted(frame: Frame) -> Image.Image:
+    """A painting of plain colour in the hole."""
+    worked = frame.begin()
+    worked.paste(Image.new("RGB", worked.size, "orange").convert(worked.mode), (0, 0), frame.touched)
+    return frame.finish(worked)
+
+
+@pytest.mark.parametrize("mode", KEPT_MODES)
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+def test_a_lossless_file_keeps_every_pixel_and_its_mode(mode: str, suffix: str, tmp_path: Path) -> None:
+    frame = frame_of(make_picture(50, 37).convert(mode))
+    receipt = save(painted(frame), frame, RECORD, tmp_path / f"x.{suffix}")
+    hole = sum(frame.touched.convert("L").histogram()[1:])
+    assert (receipt.changed, receipt.largest, receipt.lossless) == (0, 0, True)
+    assert receipt.outside == 50 * 37 - hole
+    if suffix != "webp":  # which knows colour only
+        with Image.open(tmp_path / f"x.{suffix}") as saved:
+            assert saved.mode == mode
+
+
+def test_transparent_pixels_keep_their_hidden_colour(tmp_path: Path) -> None:
+    frame = frame_of(Image.merge("RGBA", (*make_picture(50, 37).split(), Image.new("L", (50, 37), 0))))
+    for suffix in ("png", "webp", "tif"):
+        assert save(painted(frame), frame, None, tmp_path / f"x.{suffix}").changed == 0
+
+
+@pytest.mark.parametrize("mode", KEPT_MODES)
+def test_jpeg_says_that_it_is_lossy(mode: str, tmp_path: Path) -> None:
+    frame = frame_of(make_picture(50, 37).convert(mode))
+    receipt = save(painted(frame), frame, RECORD, tmp_path / "x.jpg")
+    assert not receipt.lossless
+    assert "lossy" in str(receipt)
+    assert receipt.changed > 0
+
+
+def test_transparency_goes_on_white_in_a_jpeg(tmp_path: Path) -> None:
+    frame = frame_of(Image.new("RGBA", (50, 37), (10, 10, 10, 0)))
+    receipt = save(painted(frame), frame, None, tmp_path / "x.jpg")
+    assert receipt.largest < 30  # beside the orange
+    with Image.open(tmp_path / "x.jpg") as saved:
+        assert min(saved.getpixel((49, 0))) > 240  # type: ignore[arg-type]
+
+
+def test_one_changed_pixel_outside_is_an_error_and_nothing_is_written(tmp_path: Path) -> None:
+    frame = frame_of(make_picture(50, 37))
+    wrong = painted(frame)
+    red, green, blue = wrong.getpixel((49, 36))  # type: ignore[misc]
+    wrong.putpixel((49, 36), (red, green, blue ^ 1))
+    for target in (tmp_path / "x.png", BytesIO()):
+        with pytest.raises(MinpaintError, match="changed pixels outside: 1 of"):
+            save(wrong, frame, None, target)
+    assert target.getvalue() == b""  # type: ignore[union-attr]
+    assert list(tmp_path.iterdir()) == []
+    inside = painted(frame)
+    inside.putpixel((15, 15), (0, 0, 0))
+    assert save(inside, frame, None, tmp_path / "x.png").changed == 0
+
+
+def test_a_stream_gets_png() -> None:
+    frame, stream = frame_of(make_picture(50, 37)), BytesIO()
+    assert save(painted(frame), frame, RECORD, stream).changed == 0
+    assert Image.open(stream).format == "PNG"
+    assert read_record(BytesIO(stream.getvalue())) == RECORD
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_the_record_travels_in_the_file(suffix: str, tmp_path: Path) -> None:
+    frame = frame_of(make_picture(50, 37))
+    save(painted(frame), frame, RECORD, tmp_path / f"x.{suffix}")
+    assert read_record(tmp_path / f"x.{suffix}") == RECORD
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[1]", '{"other": 1}'])
+def test_a_file_without_a_record_is_said(text: str | None, tmp_path: Path) -> None:
+    info = PngImagePlugin.PngInfo()
+    if text is not None:
+        info.add_text("minpaint", text)
+    make_picture(9, 9).save(tmp_path / "x.png", pnginfo=info)
+    with pytest.raises(InputError, match=r"x\.png holds no record"):
+        read_record(tmp_path / "x.png")
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> dict[str, Path]:
+    """The same picture with the same metadata in several formats."""
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112], exif[0x8298] = "maker", 6, "(c) me"
+    exif.get_ifd(0x8769)[0x9003] = "2026:11:22 10:00:00"
+    exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0old comment"
+    exif.get_ifd(0x8825)[1] = "N"
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Title", "a title")
+    text.add_text("minpaint", "an old record")
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    options: dict[str, Any] = {"exif": exif.tobytes(), "icc_profile": profile, "dpi": (300, 300)}
+    made = {}
+    for suffix in ("png", "jpg", "tif", "webp"):
+        made[suffix] = tmp_path / f"photo.{suffix}"
+        more = {"png": {"pnginfo": text}, "jpg": {"comment": b"hello"}}.get(suffix, {})
+        make_picture(40, 24).save(made[suffix], **options, **more)
+    return made
+
+
+@pytest.mark.parametrize("given", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("written", ["png", "jpg", "tif", "webp"])
+def test_metadata_is_carried_over(photo: dict[str, Path], given: str, written: str, tmp_path: Path) -> None:
+    with Image.open(photo[given]) as opened:
+        profile = opened.info["icc_profile"]
+    frame = frame_of(Image.new("RGB", (24, 40)))  # turned
+    frame = open_frame(photo[given], make_mask(24, 40), Settings(""))
+    assert frame.original.size == (24, 40)
+    save(painted(frame), frame, RECORD, tmp_path / f"x.{written}")
+    assert read_record(tmp_path / f"x.{written}") == RECORD
+    with Image.open(tmp_path / f"x.{written}") as saved:
+        assert saved.size == (24, 40)
+        exif = saved.getexif()
+        assert exif.get(0x0112, 1) == 1  # it is upright now
+        assert (exif[0x010F], exif[0x8298]) == ("maker", "(c) me")
+        assert exif.get_ifd(0x8769)[0x9003] == "2026:11:22 10:00:00"
+        assert exif.get_ifd(0x8825)[1] == "N"
+        assert b"old comment" not in exif.tobytes()
+        assert saved.info["icc_profile"] == profile
+        if "webp" not in (given, written):
+            assert round(saved.info["dpi"][0]) == 300
+        if (given, written) == ("png", "png"):
+            assert saved.info["Title"] == "a title"
+        if (given, written) == ("jpg", "jpg"):
+            assert saved.info["comment"] == b"hello"
+
+
+def test_a_profile_for_other_colours_is_left_behind(tmp_path: Path) -> None:
+    picture = make_picture(40, 24).convert("CMYK")
+    picture.info["icc_profile"] = b"for ink"
+    with pytest.warns(UserWarning, match="CMYK"):
+        frame = frame_of(picture)
+    save(painted(frame), frame, None, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as saved:
+        assert "icc_profile" not in saved.info
+
+
+def test_a_preview_of_the_old_picture_is_not_carried_over(photo: dict[str, Path], tmp_path: Path) -> None:
+    content = BytesIO()
+    make_picture(16, 16).save(content, "JPEG")
+    with Image.open(photo["jpg"]) as opened:
+        exif = opened.getexif()
+        # a second directory with a thumbnail, as cameras write it
+        header = exif.tobytes()
+        opened.save(tmp_path / "t.jpg", exif=header + content.getvalue())
+    frame = open_frame(tmp_path / "t.jpg", make_mask(24, 40), Settings(""))
+    save(painted(frame), frame, None, tmp_path / "x.jpg")
+    assert content.getvalue()[20:] not in (tmp_path / "x.jpg").read_bytes()
+
+
+def test_a_format_too_small_for_the_picture_is_said_beforehand() -> None:
+    with pytest.raises(InputError, match="WEBP holds up to 16383"):
+        check_target(Path("x.webp"), (16384, 1))
+    check_target(Path("x.webp"), (16383, 1))
+    check_target(Path("x.png"), (16384, 1))
