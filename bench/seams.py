@@ -1,0 +1,199 @@
+"""Does it keep what it should, and does the seam show? Beside diffusers, on the tiny model.
+
+    python -m bench.seams                 # 100 held-out scenes, some 15 minutes on two cores
+    python -m bench.seams --scenes 4      # to see that it works
+
+Same checkpoint, seeds, sampler (DDIM) and steps on both sides. "diffusers" is what its pipeline
+returns; "pasted" is that with its own paste-back (VaeImageProcessor.apply_overlay).
+
+seam error: seam.seam_error, in 8-bit levels, of the painted picture; the control is the scene
+as its renderer draws it, which has no seam.
+five rounds: five holes painted one after the other, each into the result of the one before;
+looked at are the pixels that were in none of them.
+strokes: scratches of 1 to 7 pixels' width, in a loud colour, under a mask of the same shape.
+Painted is a stroke if every latent cell that it touches is; what the scratch leaves behind is
+the mean difference, in its pixels, to the scene without it.
+
+The table goes to stdout and to bench/results/seams.md, one JSON line to bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from bench.quality import HELD_OUT, Case, tiny
+from minpaint.hub import weights_folder
+from minpaint.image import to_unit
+from minpaint.inpaint import open_frame
+from minpaint.seam import seam_error
+from minpaint.settings import Settings
+from weights import world
+
+RESULTS = Path(__file__).parent / "results"
+STEPS = 20
+EDITS = 5
+LOUD = (255, 0, 255)
+
+
+@cache
+def pipeline() -> Any:
+    from diffusers import StableDiffusionInpaintPipeline
+
+    folder = weights_folder() / "tiny"
+    pipe: Any = StableDiffusionInpaintPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def ours(picture: Image.Image, mask: Image.Image, prompt: str, seed: int, **options: Any) -> Image.Image:
+    [painting] = tiny()(picture, mask, prompt, seed=seed, sampler="ddim", steps=STEPS, **options)
+    return painting.image
+
+
+def theirs(picture: Image.Image, mask: Image.Image, prompt: str, seed: int) -> tuple[Image.Image, Image.Image]:
+    """What diffusers paints, and the same with its own paste-back."""
+    pipe = pipeline()
+    generator = torch.Generator().manual_seed(seed)
+    call = {"height": picture.height, "width": picture.width, "num_inference_steps": STEPS, "generator": generator}
+    painted = pipe(prompt, picture, mask, **call).images[0]
+    return painted, pipe.image_processor.apply_overlay(mask, picture, painted)
+
+
+def kept(mask: Image.Image) -> Tensor:
+    return to_unit(mask.convert("L"))[0, 0] < 0.5
+
+
+def changed(before: Image.Image, after: Image.Image, where: Tensor) -> tuple[float, float]:
+    """Share of pixels changed, and the mean difference in levels, among those of `where`."""
+    difference = (to_unit(before.convert("RGB")) - to_unit(after.convert("RGB")))[0].abs()[:, where]
+    return float((difference.amax(0) > 0).float().mean()), 255 * float(difference.mean())
+
+
+def one_edit(number: int) -> dict[str, float]:
+    case = Case(number, usual=True)
+    call = case.without, case.mask, case.prompt, number
+    hole = case.mask.convert("L").point(lambda level: 255 * (level >= 128))
+    raw, pasted = theirs(*call)
+    pictures = {"diffusers": raw, "pasted": pasted, "plain": ours(*call, color_match=False), "ours": ours(*call)}
+    found = {"seam, true": seam_error(case.drawn(), hole)}
+    for name, picture in pictures.items():
+        found[f"seam, {name}"] = seam_error(picture, hole)
+        found[f"changed, {name}"], found[f"levels, {name}"] = changed(case.without, picture, kept(case.mask))
+    return found
+
+
+def five_edits(number: int) -> dict[str, float]:
+    rng = Random(HELD_OUT + 200_000 + number)
+    scene = world.scene(rng)
+    before, prompt = world.draw(scene), world.caption(scene)
+    paint: dict[str, Callable[..., Image.Image]] = {
+        "diffusers": lambda *call: theirs(*call)[0],
+        "pasted": lambda *call: theirs(*call)[1],
+        "ours": ours,
+    }
+    pictures, untouched = dict.fromkeys(paint, before), torch.ones(world.SIZE, world.SIZE, dtype=torch.bool)
+    for edit in range(EDITS):
+        side = world.SIZE // 4
+        x, y = (rng.randrange(world.SIZE - side) for _ in range(2))
+        mask = Image.new("L", before.size)
+        ImageDraw.Draw(mask).ellipse((x, y, x + side, y + side), fill=255)
+        untouched &= kept(mask)
+        pictures = {name: paint[name](picture, mask, prompt, edit) for name, picture in pictures.items()}
+    found = {}
+    for name, picture in pictures.items():
+        found[f"changed, {name}"], found[f"levels, {name}"] = changed(before, picture, untouched)
+    return found
+
+
+def strokes(number: int) -> dict[str, float]:
+    rng = Random(HELD_OUT + 300_000 + number)
+    scene = world.scene(rng, things=0)
+    clean = world.draw(scene)
+    mask = Image.new("L", clean.size)
+    points = [(rng.randrange(world.SIZE), rng.randrange(world.SIZE)) for _ in range(2)]
+    ImageDraw.Draw(mask).line(points, fill=255, width=1 + number % 7)
+    scratched = Image.composite(Image.new("RGB", clean.size, LOUD), clean, mask)
+    call = scratched, mask, world.caption(scene), number
+    pictures = {"pasted": theirs(*call)[1], "ours": ours(*call)}
+
+    touched = F.max_pool2d(to_unit(mask), 8) > 0
+    frame, settings = open_frame(scratched, mask, Settings("")), Settings("")
+    [view] = tiny().views(frame, settings)
+    processed = pipeline().mask_processor.preprocess(mask, height=world.SIZE, width=world.SIZE)
+    cells = {
+        "ours": tiny().canvas(frame, settings, view, [scratched]).cells,
+        "pasted": F.interpolate(processed, size=touched.shape[2:]),
+    }
+    found = {}
+    for name, picture in pictures.items():
+        found[f"painted, {name}"] = float((cells[name] > 0)[touched].all())
+        found[f"left, {name}"] = changed(clean, picture, ~kept(mask))[1]
+    found["left, scratch"] = changed(clean, scratched, ~kept(mask))[1]
+    return found
+
+
+def means(found: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in found) / len(found) for name in found[0]}
+
+
+def table(edit: dict[str, float], rounds: dict[str, float], stroke: dict[str, float]) -> Iterator[str]:
+    yield "| | minpaint | diffusers | diffusers, pasted back | control |"
+    yield "| --- | --- | --- | --- | --- |"
+    yield "| kept pixels changed | {changed, ours:.1%} | {changed, diffusers:.1%} | {changed, pasted:.1%} | |".format(
+        **edit
+    )
+    yield (
+        "| seam error, levels | {seam, ours:.2f} | {seam, diffusers:.2f} | {seam, pasted:.2f} | "
+        "no colour match: {seam, plain:.2f}; true scene: {seam, true:.2f} |"
+    ).format(**edit)
+    yield (
+        "| five rounds: untouched pixels changed | {changed, ours:.1%} | {changed, diffusers:.1%} | "
+        "{changed, pasted:.1%} | |"
+    ).format(**rounds)
+    yield (
+        "| five rounds: their error, levels | {levels, ours:.2f} | {levels, diffusers:.2f} | {levels, pasted:.2f} | |"
+    ).format(**rounds)
+    yield "| strokes under 8 px painted | {painted, ours:.1%} | | {painted, pasted:.1%} | |".format(**stroke)
+    yield (
+        "| what a stroke leaves behind, levels | {left, ours:.1f} | | {left, pasted:.1f} | "
+        "the scratch itself: {left, scratch:.1f} |"
+    ).format(**stroke)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--scenes", type=int, default=100, help="held-out scenes of each row (default: 100)")
+    options = parser.parse_args()
+    began, scenes = time.monotonic(), range(options.scenes)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        edit, rounds, stroke = (means(list(pool.map(work, scenes))) for work in (one_edit, five_edits, strokes))
+    lines = list(table(edit, rounds, stroke))
+    print("\n".join(lines))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "seams.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    record = {"scenes": options.scenes, "first_seed": HELD_OUT, "seconds": round(time.monotonic() - began)}
+    figures = {"torch": torch.__version__, "one edit": edit, "five rounds": rounds, "strokes": stroke}
+    with (RESULTS / "seams.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record | figures) + "\n")
+
+
+if __name__ == "__main__":
+    main()
