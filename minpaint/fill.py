@@ -5,6 +5,8 @@ Pictures are [n, c, Y, X] of any scale; `known` is [Y, X], True where a pixel ma
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,38 +15,41 @@ COARSEST = 4  # pixels on the short side of the membrane's smallest grid
 SWEEPS = 32  # conjugate gradient steps on the finest grid; twice as many on each coarser one
 
 
-def membrane(x: Tensor, known: Tensor) -> Tensor:
+def membrane(x: Tensor, known: Tensor, reach: float = math.inf) -> Tensor:
     """x with its unknown pixels on a membrane stretched over the known ones: Laplace's equation.
 
     The unknown part is as smooth as the known values around it allow, and stays between their
     least and largest. At the picture's own border the membrane is free (no flow across). Solved
     by conjugate gradients on ever finer grids, each starting from the one before (cascadic
     multigrid, Bornemann & Deuflhard 1996). With nothing known it is 0.
+
+    reach: pixels over which the membrane falls back to 0, by a factor of e (the screened Poisson
+    equation, Bhat et al. 2008); infinite for none.
     """
     if not bool(known.any()):
         return torch.zeros_like(x)
-    return _membrane(x.float() * known, known[None, None], SWEEPS)
+    return _membrane(x.float() * known, known[None, None], SWEEPS, reach**-2)
 
 
-def _membrane(x: Tensor, known: Tensor, sweeps: int) -> Tensor:
+def _membrane(x: Tensor, known: Tensor, sweeps: int, pull: float) -> Tensor:
     if bool(known.all()):
         return x
     share = F.avg_pool2d(known.float(), 2, ceil_mode=True)
     mean = F.avg_pool2d(x, 2, ceil_mode=True) / share.clamp(min=1e-6)
     if min(x.shape[2:]) > COARSEST:
-        guess = _membrane(mean, share > 0, 2 * sweeps)
+        guess = _membrane(mean, share > 0, 2 * sweeps, 4 * pull)
         guess = F.interpolate(guess, size=x.shape[2:], mode="bilinear")
     else:
         guess = (x.sum((2, 3), keepdim=True) / known.sum()).expand_as(x)
-    return _relax(torch.where(known, x, guess), ~known, sweeps)
+    return _relax(torch.where(known, x, guess), ~known, sweeps, pull)
 
 
-def _relax(x: Tensor, unknown: Tensor, sweeps: int) -> Tensor:
-    """Conjugate gradient steps towards a vanishing Laplacian on the unknown pixels."""
-    residual = _laplacian(x) * unknown
+def _relax(x: Tensor, unknown: Tensor, sweeps: int, pull: float) -> Tensor:
+    """Conjugate gradient steps towards Laplacian(x) = pull * x on the unknown pixels."""
+    residual = (_laplacian(x) - pull * x) * unknown
     direction, size = residual, residual.square().sum((2, 3), keepdim=True)
     for _ in range(sweeps):
-        image = -_laplacian(direction) * unknown
+        image = (pull * direction - _laplacian(direction)) * unknown
         step = size / (direction * image).sum((2, 3), keepdim=True).clamp(min=1e-20)
         x = x + step * direction
         residual = residual - step * image

@@ -59,6 +59,16 @@ def test_a_large_slope_is_continued_across_a_large_hole() -> None:
     assert float((membrane(slope, known) - slope).abs().max()) < 0.005
 
 
+@pytest.mark.parametrize("reach", [2.0, 6.0])
+def test_a_membrane_of_some_reach_falls_off_by_a_factor_of_e(reach: float) -> None:
+    """In one dimension the screened equation's solution is exp(-distance / reach)."""
+    known = torch.zeros(8, 120, dtype=torch.bool)
+    known[:, 0] = True
+    fallen = membrane(torch.ones(1, 1, 8, 120), known, reach)[0, 0, 4]
+    assert bool((fallen[: int(4 * reach)] - torch.exp(-torch.arange(120) / reach)[: int(4 * reach)]).abs().max() < 0.03)
+    assert float(fallen[100:].abs().max()) < 0.01
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 30), (70, 33), (5, 2)])
 def test_the_nearest_known_pixel_is_found(size: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(1)

@@ -7,7 +7,7 @@ import torch
 from conftest import make_mask, make_picture
 from PIL import Image, ImageDraw
 
-from minpaint.seam import match_colour, seam_error
+from minpaint.seam import SHIFT, match_colour, seam_error
 
 
 def test_a_picture_without_an_edge_at_the_hole_has_no_seam() -> None:
@@ -46,6 +46,17 @@ def test_matching_takes_out_a_smooth_shift_and_leaves_what_was_painted() -> None
     tint = 0.2 * torch.linspace(-1, 1, 48)
     matched = match_colour(new + tint, original, kept)
     assert float((matched - new).abs().max()) < 0.01
+
+
+def test_an_object_cut_by_the_edge_does_not_tint_the_hole() -> None:
+    original, painted = torch.zeros(3, 64, 64), torch.zeros(3, 64, 64)
+    kept = torch.ones(64, 64, dtype=torch.bool)
+    kept[16:48, 16:48] = False
+    original[0, :, :16] = 1.0  # which the painting does not continue
+    matched = match_colour(painted, original, kept)
+    assert float(matched[0, 24:40, 16].min()) > 0.5  # no step where they meet
+    assert float(matched[0, 16:48, 30:48].max()) < SHIFT
+    assert float(matched[1:].abs().max()) == 0
 
 
 def test_with_nothing_kept_there_is_nothing_to_match() -> None:
