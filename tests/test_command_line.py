@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import make_mask, make_picture
+from conftest import largest_level_difference, make_mask, make_picture
 from PIL import Image
 
 from minpaint.__main__ import main
@@ -403,7 +403,7 @@ def test_a_pipe_in_and_out(command: Callable[..., list[str]], tmp_path: Path) ->
         assert image.size == (50, 37)
     assert main(command()) == 0
     with Image.open(tmp_path / "out.png") as image, Image.open(io.BytesIO(run.stdout)) as piped:
-        assert image.tobytes() == piped.tobytes()
+        assert largest_level_difference(image, piped) <= 1  # the other process may use more threads
 
 
 def test_the_steps_really_run_are_said(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
