@@ -275,7 +275,7 @@ def _paint(options: argparse.Namespace) -> None:
         receipt = save(painting.image, kept, own, target)
         name = str(target) if isinstance(target, Path) else STREAM
         note(f"wrote {name} (seed {painting.seed}, {painting.steps} network calls)")
-        note(f"seam error: {painting.seam:.2f} levels" + (f"; receipt: {receipt}" if kept is not None else ""))
+        note(f"seam error: {painting.seam:.2f} levels" + (f"; receipt: {receipt}" if receipt else ""))
         outputs.append(
             {
                 "path": name,
@@ -283,7 +283,7 @@ def _paint(options: argparse.Namespace) -> None:
                 "width": painting.image.width,
                 "height": painting.image.height,
                 "seam": round(painting.seam, 3),
-                "receipt": asdict(receipt) if kept is not None else None,
+                "receipt": asdict(receipt) if receipt else None,
             }
         )
     seconds = time.perf_counter() - started

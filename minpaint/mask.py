@@ -131,8 +131,9 @@ def reach_box(hole: Image.Image, reach: int = 0) -> Box:
 
 def islands(hole: Image.Image, apart: int) -> Iterator[Image.Image]:
     """The parts of a hole that are at least some `apart` pixels from one another, each as a hole, top first."""
-    height, width = -(-hole.height // apart), -(-hole.width // apart)
-    coarse = F.adaptive_max_pool2d(_padded(hole, apart), (height, width))[0, 0] > 0
+    padded = F.pad(to_unit(hole), (0, -hole.width % apart, 0, -hole.height % apart))
+    coarse = F.max_pool2d(padded, apart)[0, 0] > 0
+    height, width = coarse.shape
     left_over = {(int(y), int(x)) for y, x in coarse.nonzero().tolist()}
     while left_over:
         island, border = Image.new("1", (width, height)), [min(left_over)]
@@ -145,8 +146,3 @@ def islands(hole: Image.Image, apart: int) -> Iterator[Image.Image]:
             border += around
         cells = island.resize((width * apart, height * apart), Image.Resampling.NEAREST)
         yield Image.composite(hole, Image.new("L", hole.size), cells.crop((0, 0, *hole.size)))
-
-
-def _padded(hole: Image.Image, multiple: int) -> Tensor:
-    x = to_unit(hole)
-    return F.pad(x, (0, -hole.width % multiple, 0, -hole.height % multiple))

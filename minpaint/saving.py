@@ -65,12 +65,14 @@ def check_target(target: Path, size: tuple[int, int]) -> None:
         raise InputError(f"output {target}: {kind} holds up to {LONGEST_SIDE[kind]} pixels a side; use .png or .tif")
 
 
-def save(image: Image.Image, frame: Frame | None, record: dict[str, Any] | None, target: Path | BinaryIO) -> Receipt:
+def save(
+    image: Image.Image, frame: Frame | None, record: dict[str, Any] | None, target: Path | BinaryIO
+) -> Receipt | None:
     """Write a painting to a file, or as PNG to a stream, once it has been read back and compared.
 
     A file is written beside its target and renamed, so that a killed run leaves no half picture,
     and one that did not keep what it should is never left behind. Without a frame nothing is
-    compared and no metadata carried.
+    compared, no metadata carried, and there is no receipt.
 
     Raises:
         MinpaintError: a pixel outside the hole has changed although the format is lossless.
@@ -79,7 +81,7 @@ def save(image: Image.Image, frame: Frame | None, record: dict[str, Any] | None,
     if not isinstance(target, Path):
         content = BytesIO()
         _write(image, frame, record, kind, content)
-        receipt = _compare(content, frame, kind)
+        receipt = None if frame is None else _compare(content, frame, kind)
         target.write(content.getvalue())
         target.flush()
         return receipt
@@ -87,7 +89,7 @@ def save(image: Image.Image, frame: Frame | None, record: dict[str, Any] | None,
     try:
         with os.fdopen(handle, "wb") as file:
             _write(image, frame, record, kind, file)
-        receipt = _compare(name, frame, kind)
+        receipt = None if frame is None else _compare(name, frame, kind)
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
     except BaseException:
@@ -163,9 +165,7 @@ def _fit(image: Image.Image, kind: str) -> Image.Image:
     return flat.convert("L" if image.mode == "LA" else "RGB")
 
 
-def _compare(file: str | BytesIO, frame: Frame | None, kind: str) -> Receipt:
-    if frame is None:
-        return Receipt(0, 0, 0, kind not in LOSSY)
+def _compare(file: str | BytesIO, frame: Frame, kind: str) -> Receipt:
     with Image.open(file) as saved:
         saved.load()
         original = _fit(frame.original, kind)

@@ -14,7 +14,7 @@ from torch import Tensor
 from minpaint.fill import membrane
 from minpaint.image import to_unit
 
-# of the tiny model's paintings these keep the most true to the prompt at the least seam (bench.quality, bench.seams)
+# chosen among a few pairs by the tiny model's paintings: how true they stay to the prompt, and their seam
 SHIFT = 0.15  # of pixels in [-1, 1]: 19 levels
 FADE = 4.0  # pixels
 NEIGHBOURHOOD = 8  # pixels on both sides of the seam that it is compared with

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import make_mask, make_picture
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 from minpaint.errors import InputError, MinpaintError
 from minpaint.frame import Frame
@@ -85,7 +86,9 @@ def test_one_changed_pixel_outside_is_an_error_and_nothing_is_written(tmp_path: 
 
 def test_a_stream_gets_png() -> None:
     frame, stream = frame_of(make_picture(50, 37)), BytesIO()
-    assert save(painted(frame), frame, RECORD, stream).changed == 0
+    receipt = save(painted(frame), frame, RECORD, stream)
+    assert receipt is not None
+    assert receipt.changed == 0
     assert Image.open(stream).format == "PNG"
     assert read_record(BytesIO(stream.getvalue())) == RECORD
 
@@ -167,17 +170,28 @@ def test_a_profile_for_other_colours_is_left_behind(tmp_path: Path) -> None:
         assert "icc_profile" not in saved.info
 
 
-def test_a_preview_of_the_old_picture_is_not_carried_over(photo: dict[str, Path], tmp_path: Path) -> None:
-    content = BytesIO()
-    make_picture(16, 16).save(content, "JPEG")
-    with Image.open(photo["jpg"]) as opened:
-        exif = opened.getexif()
-        # a second directory with a thumbnail, as cameras write it
-        header = exif.tobytes()
-        opened.save(tmp_path / "t.jpg", exif=header + content.getvalue())
+def test_a_preview_of_the_old_picture_is_not_carried_over(tmp_path: Path) -> None:
+    preview, exif = BytesIO(), Image.Exif()
+    make_picture(16, 16, seed=5).save(preview, "JPEG")
+    exif[0x010F] = "maker"
+    first = exif.tobytes().removeprefix(b"Exif\0\0")
+    end = ">" if first.startswith(b"MM") else "<"
+    # cameras keep the preview in a second directory, which the end of the first points to
+    [start] = struct.unpack_from(end + "L", first, 4)
+    [entries] = struct.unpack_from(end + "H", first, start)
+    link = start + 2 + 12 * entries
+    after = len(first) + 2 + 2 * 12 + 4
+    second = struct.pack(end + "HHHLLHHLLL", 2, 0x0201, 4, 1, after, 0x0202, 4, 1, len(preview.getvalue()), 0)
+    whole = first[:link] + struct.pack(end + "L", len(first)) + first[link + 4 :] + second + preview.getvalue()
+    make_picture(24, 40).save(tmp_path / "t.jpg", exif=b"Exif\0\0" + whole)
+    with Image.open(tmp_path / "t.jpg") as opened:
+        assert opened.getexif().get_ifd(ExifTags.IFD.IFD1)[0x0202] == len(preview.getvalue())
     frame = open_frame(tmp_path / "t.jpg", make_mask(24, 40), Settings(""))
+    assert preview.getvalue() in frame.original.info["exif"]  # it was there to be left behind
     save(painted(frame), frame, None, tmp_path / "x.jpg")
-    assert content.getvalue()[20:] not in (tmp_path / "x.jpg").read_bytes()
+    with Image.open(tmp_path / "x.jpg") as saved:
+        assert saved.getexif()[0x010F] == "maker"
+    assert preview.getvalue() not in (tmp_path / "x.jpg").read_bytes()
 
 
 def test_a_format_too_small_for_the_picture_is_said_beforehand() -> None:
