@@ -5,25 +5,32 @@ Axes: b batch, n query tokens, m key tokens, h heads, d channels of a head, c ch
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, rows: int | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over [b, h, n, d], [b, h, m, d], [b, h, m, d].
 
-    Vaswani et al. 2017 (arXiv:1706.03762), equation 1.
+    Vaswani et al. 2017 (arXiv:1706.03762), equation 1. A row of the result depends on one row
+    of q only, so that many rows at a time give the same as all at once.
     """
-    return F.scaled_dot_product_attention(q, k, v)
+    if rows is None or rows >= q.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v)
+    return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(rows, dim=2)], dim=2)
 
 
 class Attention(nn.Module):
     """Multi-head attention from tokens [b, n, c] to a context [b, m, context_dim].
 
     Without a context the tokens attend to themselves. `bias` is for the projections of q, k
-    and v; the output projection always has one.
+    and v; the output projection always has one. `query_rows`: how many are attended from at a
+    time; None is all.
     """
+
+    query_rows: int | None = None
 
     def __init__(self, channels: int, heads: int, context_dim: int | None = None, bias: bool = False) -> None:
         super().__init__()
@@ -38,7 +45,7 @@ class Attention(nn.Module):
         q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
         k = rearrange(self.to_k(context), "b m (h d) -> b h m d", h=self.heads)
         v = rearrange(self.to_v(context), "b m (h d) -> b h m d", h=self.heads)
-        out: Tensor = self.to_out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
+        out: Tensor = self.to_out(rearrange(attend(q, k, v, self.query_rows), "b h n d -> b n (h d)"))
         return out
 
 

@@ -1,18 +1,30 @@
-"""Where a run happens and what it may use: device, number format, budget.
+"""What a run happens on and what it takes there: device, number format, bytes.
 
 Everything that knows about devices stands here; the models do not.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
-from collections.abc import Callable
-from typing import TypeVar
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from minpaint.errors import BudgetError, InputError
+from minpaint.errors import InputError, MinpaintWarning
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_BUDGET = "15GiB"  # a free Colab T4
@@ -26,6 +38,11 @@ Function = TypeVar("Function", bound=Callable[..., object])
 def without_gradients(function: Function) -> Function:
     """Run a function, or each turn of a generator function, without recording gradients."""
     return torch.inference_mode()(function)
+
+
+def outside_inference(function: Function) -> Function:
+    """Run a function so that the tensors it makes are ordinary ones, also within `without_gradients`."""
+    return torch.inference_mode(mode=False)(function)
 
 
 def choose_device(name: str | torch.device) -> torch.device:
@@ -82,16 +99,222 @@ def format_size(size: float) -> str:
     return f"{size / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
 
 
-def check_budget(weight_count: int, dtype: torch.dtype, budget: int) -> None:
-    """BudgetError if the weights alone, `weight_count` numbers of `dtype`, exceed the budget."""
-    need = weight_count * dtype.itemsize
-    if need > budget:
-        raise BudgetError(
-            f"budget {format_size(budget)} cannot hold the weights, which take {format_size(need)} "
-            f"as {str(dtype).removeprefix('torch.')}; raise --budget or choose a half precision --dtype"
-        )
+def choose_budget(budget: str | int | float | None, device: torch.device) -> int:
+    """The budget in bytes, or what the device has if that is less; then a budget given is said to be cut."""
+    wanted, there = parse_budget(budget), used_memory(device) + free_memory(device)
+    if wanted > there and budget is not None:
+        told = f"budget {format_size(wanted)} is more than {device} has free; keeping to {format_size(there)}"
+        warnings.warn(told, MinpaintWarning, stacklevel=3)
+    return min(wanted, there)
 
 
-def move(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on the device, ready to run; nothing of it will be trained."""
-    return model.to(device).requires_grad_(False).eval()
+def used_memory(device: torch.device) -> int:
+    """Bytes that count against a budget now.
+
+    On the CPU all that the process holds (its resident set, the interpreter and the libraries
+    included); on CUDA all tensors of the process. The CUDA context, some 0.3 to 0.6 GiB that the
+    driver takes for itself, cannot be counted and comes on top.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS") or _largest_resident()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be taken on top of those."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
+    free = int(found[1]) * 1024 if found else 2**60  # unknown: believe the user
+    group = Path("/sys/fs/cgroup")  # a container's limit
+    limit, taken = _read(group / "memory.max"), _read(group / "memory.current")
+    if limit.strip().isdigit() and taken.strip().isdigit():
+        files = re.search(r"^inactive_file (\d+)", _read(group / "memory.stat"), re.MULTILINE)
+        free = min(free, int(limit) - int(taken) + (int(files[1]) if files else 0))
+    return max(free, 0)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Start measuring `peak_memory` anew, where the system lets us."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # the peak is that since the process began
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that counted against a budget since `forget_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM") or _largest_resident()
+
+
+def give_back(device: torch.device) -> None:
+    """Let go of memory that is free but still held in reserve."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+        except AttributeError:
+            pass  # not glibc
+
+
+@contextmanager
+def capped(device: torch.device, budget: int) -> Iterator[None]:
+    """Have the GPU's allocator refuse to go beyond a budget."""
+    if device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.mem_get_info(device)[1]
+    torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that an allocation was refused."""
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def attention_is_fused(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's attention runs without holding all scores.
+
+    It does on the CPU and on every card with a memory-efficient kernel; before compute
+    capability 8.0 those have none for bfloat16.
+    """
+    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.is_available():
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return True
+
+
+class Lane:
+    """How bytes reach a device beside its computing: a stream of its own, from pinned memory.
+
+    On the CPU there is no way to go: the buffer that is filled is the one computed with.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.direct = device.type != "cuda"
+        self.stream = None if self.direct else torch.cuda.Stream(device)
+        self.device = device
+
+    def buffers(self, size: int) -> tuple[Tensor, Tensor]:
+        """A buffer on the host to be filled, and the one on the device it goes to."""
+        there = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return (there if self.direct else torch.empty(size, dtype=torch.uint8, pin_memory=True)), there
+
+    def mark(self) -> Any:
+        """A point in the device's work so far."""
+        return None if self.direct else torch.cuda.current_stream(self.device).record_event()
+
+    def send(self, here: Tensor, there: Tensor, after: Any) -> Any:
+        """Copy once the work up to a mark is done; a mark for the copy."""
+        if self.stream is None:
+            return None
+        with torch.cuda.stream(self.stream):
+            if after is not None:
+                self.stream.wait_event(after)
+            there.copy_(here, non_blocking=True)
+            return self.stream.record_event()
+
+    def wait(self, mark: Any) -> None:
+        """Let the device's further work wait for a mark."""
+        if mark is not None:
+            torch.cuda.current_stream(self.device).wait_event(mark)
+
+    def finish(self, mark: Any) -> None:
+        """Wait here until a mark is reached."""
+        if mark is not None:
+            mark.synchronize()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Peak bytes of a piece of work: of its live tensors, and with the copies its kernels may make."""
+
+    live: int
+    total: int
+
+
+def measure(work: Callable[[], object], fused: bool = True) -> Usage:
+    """What a piece of work takes beyond the tensors that were there before.
+
+    Every storage that an operation makes is counted from then until it is freed, in the
+    allocator's steps of 512 bytes. With tensors on the meta device nothing is computed and the
+    answer is the same. A convolution may hold a copy of its operands in a layout of its own;
+    such copies cannot be seen, and are added to `total`. `fused`: see `attention_is_fused`.
+    """
+    with _Fused() if fused else nullcontext(), _Counter() as counter:
+        work()
+    return Usage(counter.peak, counter.most)
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.most = 0
+        self.storages: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
+                self._count(x.untyped_storage())
+        operands = (args[0], args[1], out) if func is torch.ops.aten.convolution.default else ()
+        self.peak = max(self.peak, self.live)
+        self.most = max(self.most, self.live + sum(x.nbytes for x in operands))
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+        if key in self.storages:
+            return
+
+        def gone(_: object) -> None:
+            self.live -= size
+            del self.storages[key]
+
+        self.storages[key] = weakref.ref(storage, gone)
+        self.live += size
+
+
+class _Fused(TorchFunctionMode):
+    """Attention on the meta device as the fused kernels do it: the output and a sum a row."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and args[0].is_meta:
+            torch.empty(args[0].shape[:-1], device="meta")
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _status(name: str) -> int:
+    """A figure of this process in bytes; 0 where the system has no such file."""
+    found = re.search(rf"{name}:\s+(\d+) kB", _read("/proc/self/status"))
+    return int(found[1]) * 1024 if found else 0
+
+
+def _largest_resident() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

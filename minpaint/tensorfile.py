@@ -5,13 +5,15 @@ Nothing else is ever opened as weights: pickles are recognised only to be refuse
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,28 +21,30 @@ from torch import Tensor
 
 from minpaint.errors import CheckpointError
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PIECE = 2**20  # numbers read at a time where they are converted on the way
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: a file, its key there, and its shape and kind ("F16") on disk.
+    """Where a tensor lies: a file, its key there, its shape and kind ("F16"), its bytes.
 
-    `rows` picks a part of a fused tensor, `shape` may drop axes of size 1.
+    A part of a fused tensor is a range of its bytes; `shape` may drop axes of size 1.
     """
 
     file: Path
     key: str
     shape: tuple[int, ...]
     kind: str
-    rows: tuple[int, int] | None = None
+    start: int
+    size: int
 
     def part(self, index: int, parts: int) -> Stored:
         """One of `parts` equal ranges of rows; itself, and so misshapen, where they are not equal."""
         if not self.shape or self.shape[0] % parts:
             return self
-        height = self.shape[0] // parts
-        return replace(self, shape=(height, *self.shape[1:]), rows=(index * height, (index + 1) * height))
+        shape, size = (self.shape[0] // parts, *self.shape[1:]), self.size // parts
+        return replace(self, shape=shape, start=self.start + index * size, size=size)
 
     def squeezed(self, shape: tuple[int, ...]) -> Stored:
         """The same numbers without axes of size 1, if that gives `shape`."""
@@ -58,11 +62,22 @@ def read_directory(path: Path) -> dict[str, Stored]:
     LFS pointer, a pickle. The header is checked by the safetensors library: its length, and
     that the tensors fill the file without gaps or overlaps.
     """
-    with _opened(path) as file:
-        directory = {}
-        for key in file.keys():  # noqa: SIM118 (not a mapping)
-            part = file.get_slice(key)
-            directory[key] = Stored(path, key, tuple(part.get_shape()), part.get_dtype())
+    refuse_disguise(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            keys = list(opened.keys())
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: damaged or no safetensors file ({error}); fetch it again") from None
+    except (OSError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    directory = {}
+    for key in keys:
+        entry = header[key]
+        first, last = entry["data_offsets"]
+        directory[key] = Stored(path, key, tuple(entry["shape"]), entry["dtype"], 8 + length + first, last - first)
     if not directory:
         raise CheckpointError(f"{path}: holds no tensors")
     return directory
@@ -85,23 +100,50 @@ def read_shards(index: Path, content: Mapping[str, Any]) -> dict[str, Stored]:
 
 
 def read_tensors(directory: Directory) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a directory, file by file, as a view of the mapped file (no copy)."""
-    by_file: dict[Path, list[str]] = {}
-    for name, stored in directory.items():
-        by_file.setdefault(stored.file, []).append(name)
-    for path, names in by_file.items():
-        with _opened(path) as file:
-            for name in names:
-                stored = directory[name]
-                tensor = file.get_tensor(stored.key)
-                if stored.rows is not None:
-                    tensor = tensor[slice(*stored.rows)]
-                yield name, aligned(tensor.reshape(stored.shape))
+    """Every floating-point tensor of a directory as a view of its mapped file (no copy)."""
+    for path in dict.fromkeys(stored.file for stored in directory.values()):
+        with _open(path) as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        for name, stored in directory.items():
+            if stored.file == path:
+                flat = torch.frombuffer(mapped, dtype=torch.uint8, count=stored.size, offset=stored.start)
+                yield name, _typed(flat, stored)
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy where an unpadded header put it at an odd address."""
-    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+def read_into(stored: Stored, target: Tensor) -> None:
+    """Fill a contiguous CPU tensor from a file without mapping it, converting in small pieces.
+
+    The memory this takes is `target`'s and a few MiB, whatever the file's size.
+    """
+    kind = FLOATS[stored.kind]
+    flat = target.view(-1)
+    with _open(stored.file) as file:
+        file.seek(stored.start)
+        if kind == target.dtype:
+            _fill(file, flat)
+            return
+        for piece in flat.split(PIECE):
+            read = torch.empty(len(piece), dtype=kind)
+            _fill(file, read)
+            piece.copy_(read)
+
+
+def _fill(file: BinaryIO, flat: Tensor) -> None:
+    """Read as many bytes as a tensor has; CheckpointError if the file has become shorter."""
+    place = memoryview((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr())).cast("B")
+    while place:
+        count = file.readinto(place)  # type: ignore[attr-defined]
+        if not count:
+            raise CheckpointError(f"{file.name}: became shorter while it was in use; fetch it again")
+        place = place[count:]
+
+
+def _typed(flat: Tensor, stored: Stored) -> Tensor:
+    """Bytes as what they mean; a copy where an unpadded header put them at an odd address."""
+    kind = FLOATS[stored.kind]
+    if flat.data_ptr() % kind.itemsize:
+        flat = flat.clone()
+    return flat.view(kind).reshape(stored.shape)
 
 
 def some(names: list[str], limit: int = 3) -> str:
@@ -111,14 +153,14 @@ def some(names: list[str], limit: int = 3) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    refuse_disguise(path)
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """A file of known content; CheckpointError if it has gone meanwhile."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as opened:
-            yield opened
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: damaged or no safetensors file ({error}); fetch it again") from None
-    except (OSError, RuntimeError, OverflowError) as error:
+        with path.open("rb", buffering=0) as file:
+            yield file  # type: ignore[misc]
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
