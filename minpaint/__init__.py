@@ -39,20 +39,18 @@ def load(
         device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto", "fp32", "bf16", "fp16" or a torch dtype, for the networks; latents and
             the sampler's arithmetic stay float32.
-        budget: memory the run may take, like "15GiB" (the default) or a number of bytes.
+        budget: memory to keep within, like "15GiB" (the default) or a number of bytes: on CUDA
+            that of all tensors, on the CPU the whole process's.
         config: a folder in diffusers layout whose configurations and tokenizer describe a
             single file; without it the architecture is told from the tensors' shapes.
 
     Raises:
         InputError: an argument that cannot be used. CheckpointError: weights or configurations
-            that are missing, damaged or not supported. BudgetError: the weights alone exceed
-            the budget.
+            that are missing, damaged or not supported. BudgetError: the budget cannot hold even
+            the smallest picture.
     """
-    from minpaint.checkpoint import load_checkpoint
-    from minpaint.inpaint import Painter
-    from minpaint.memory import choose_device, choose_dtype, parse_budget
+    from minpaint.inpaint import open_painter
 
-    place = choose_device(device)
-    number_format = choose_dtype(dtype, place)
-    checkpoint = load_checkpoint(model, place, number_format, parse_budget(budget), config)
-    return Painter(checkpoint, place, number_format)
+    painter = open_painter(model, device, dtype, budget, config)
+    painter.machine.settle()
+    return painter

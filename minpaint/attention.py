@@ -19,7 +19,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: int | None = None) -> Tensor:
     """
     if rows is None or rows >= q.shape[2]:
         return F.scaled_dot_product_attention(q, k, v)
-    return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(rows, dim=2)], dim=2)
+    return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in torch.split(q, rows, dim=2)], dim=2)
 
 
 class Attention(nn.Module):

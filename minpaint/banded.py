@@ -9,6 +9,7 @@ it costs is that most rows are made two or three times.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minpaint.layers import Downsample, ResidualBlock, Upsample
-from minpaint.vae import VAE, Decoder, Encoder, MidBlock
+from minpaint.vae import VAE, Decoder, DecoderBlock, Encoder, EncoderBlock, MidBlock
 
 LEAST_ROWS = 8  # of a band; fewer would mostly be overlap, and under 2 they could not be put back in place
 
@@ -56,17 +57,19 @@ class Map:
 
 def set_bands(vae: VAE, bands: Bands | None) -> None:
     """Let a VAE run in bands from now on; None: whole, as it is written."""
-    for module, run in ((vae.encoder, encode), (vae.decoder, decode)):
+    for module in (vae.encoder, vae.decoder):
         vars(module).pop("forward", None)
-        if bands is not None:
-            module.forward = partial(run, module, bands)
+    if bands is not None:
+        vars(vae.encoder)["forward"] = partial(encode, vae.encoder, bands)
+        vars(vae.decoder)["forward"] = partial(decode, vae.decoder, bands)
 
 
 def encode(encoder: Encoder, bands: Bands, x: Tensor) -> Tensor:
     """What the encoder gives: pixels [b, 3, Y, X] -> moments [b, 8, y, x]."""
     now = _convolved(encoder.conv_in, _hold(x))
     for block in encoder.down_blocks:
-        for module in (*block.resnets, *block.downsamplers):
+        assert isinstance(block, EncoderBlock)
+        for module in itertools.chain(block.resnets, block.downsamplers):
             now = _through(module, now, bands)
     now = _through_middle(encoder.mid_block, now, bands)
     return _made(_convolved(encoder.conv_out, _normed(encoder.conv_norm_out, now, bands)), bands)
@@ -76,15 +79,16 @@ def decode(decoder: Decoder, bands: Bands, x: Tensor) -> Tensor:
     """What the decoder gives: latents [b, 4, y, x] -> pixels [b, 3, Y, X]."""
     now = _through_middle(decoder.mid_block, _convolved(decoder.conv_in, _hold(x)), bands)
     for block in decoder.up_blocks:
-        for module in (*block.resnets, *block.upsamplers):
+        assert isinstance(block, DecoderBlock)
+        for module in itertools.chain(block.resnets, block.upsamplers):
             now = _through(module, now, bands)
     return _made(_convolved(decoder.conv_out, _normed(decoder.conv_norm_out, now, bands)), bands)
 
 
 def _through_middle(block: MidBlock, x: Map, bands: Bands) -> Map:
     """The smallest maps: here the attention needs all of one."""
-    held = _through(block.resnets[0], x, bands).held
-    return _through(block.resnets[1], _hold(block.attentions[0](held)), bands)
+    x = _through(block.resnets[0], x, bands)
+    return _through(block.resnets[1], _hold(block.attentions[0](x.held)), bands)
 
 
 def _through(module: nn.Module, x: Map, bands: Bands) -> Map:
@@ -109,18 +113,18 @@ def _convolved(conv: nn.Module, x: Map, before: int | None = None) -> Map:
     """A convolution; zeros around the map. `before`: how many at the top and the left, as its padding says."""
     assert isinstance(conv, nn.Conv2d)
     kernel, stride = conv.kernel_size[0], conv.stride[0]
-    before = conv.padding[0] if before is None else before  # type: ignore[assignment]
-    after = kernel - stride - before
+    above = int(conv.padding[0]) if before is None else before
+    below = kernel - stride - above
 
     def rows(top: int, bottom: int) -> Tensor:
-        first, last = top * stride - before, (bottom - 1) * stride - before + kernel
+        first, last = top * stride - above, (bottom - 1) * stride - above + kernel
         seen = x.rows(max(first, 0), min(last, x.height))
-        above, below = max(-first, 0), max(last - x.height, 0)
-        if before == after and not above and not below:
-            return F.conv2d(seen, conv.weight, conv.bias, stride, (0, before))
-        return F.conv2d(F.pad(seen, (before, after, above, below)), conv.weight, conv.bias, stride)
+        if above == below and first >= 0 and last <= x.height:
+            return F.conv2d(seen, conv.weight, conv.bias, stride, (0, above))
+        zeros = (above, below, max(-first, 0), max(last - x.height, 0))
+        return F.conv2d(F.pad(seen, zeros), conv.weight, conv.bias, stride)
 
-    return Map((x.height + before + after - kernel) // stride + 1, rows)
+    return Map((x.height + above + below - kernel) // stride + 1, rows)
 
 
 def _doubled(x: Map) -> Map:
@@ -139,7 +143,7 @@ def _normed(norm: nn.Module, x: Map, bands: Bands) -> Map:
     assert isinstance(norm, nn.GroupNorm)
     count, mean, square = 0, torch.zeros(()), torch.zeros(())  # square: the sum of squared differences from the mean
     for top, bottom in bands.of(x.height):
-        grouped = x.rows(top, bottom).unflatten(1, (norm.num_groups, -1)).flatten(2)  # [b, g, numbers]
+        grouped = torch.unflatten(x.rows(top, bottom), 1, (norm.num_groups, -1)).flatten(2)  # [b, g, numbers]
         variance, here = torch.var_mean(grouped.float(), dim=2, correction=0)
         fresh, shift = grouped.shape[2], here.double() - mean.to(here.device)
         del grouped
@@ -182,4 +186,3 @@ def _put(place: Tensor, top: int, band: Tensor) -> None:
 
 def _hold(x: Tensor) -> Map:
     return Map(x.shape[2], lambda top, bottom: x[:, :, top:bottom], x)
-

@@ -38,9 +38,6 @@ class Canvas:
     blanked: Tensor
     cells: Tensor
 
-    def to(self, device: torch.device) -> Canvas:
-        return Canvas(self.pixels.to(device), self.blanked.to(device), self.cells.to(device))
-
     @property
     def masked_pixels(self) -> Tensor:
         """The picture with its hole blanked to mid-grey, [n, 3, Y, X]."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from minpaint.config import (
     vae_config,
 )
 from minpaint.errors import CheckpointError, InputError, MinpaintWarning, ModelNotFoundError
-from minpaint.memory import check_budget, move
+from minpaint.plan import Architecture, split_vae
 from minpaint.tensorfile import (
     FLOATS,
     Directory,
@@ -37,7 +37,6 @@ from minpaint.tensorfile import (
     assign,
     read_directory,
     read_shards,
-    read_tensors,
     refuse_disguise,
     some,
 )
@@ -45,6 +44,7 @@ from minpaint.text import build_text_encoder, load_tokenizer
 from minpaint.unet import UNet
 from minpaint.vae import VAE
 
+FILE_ORDER = ("unet", "encoder", "decoder", "text_encoder")  # of the files, in records
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")  # of files, not of hub ids like owner/sd-2.1
 TINY = "tiny"  # the checkpoint that comes with the program
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -54,41 +54,29 @@ OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn
 
 @dataclass(frozen=True)
 class Description:
-    """Everything about a checkpoint but its weights; directories are by the models' own names."""
+    """Everything about a checkpoint but its weights."""
 
-    name: str
-    unet_config: UNetConfig
-    vae_config: VAEConfig
-    text_config: Json
+    architecture: Architecture
     scheduler_config: SchedulerConfig
-    unet: Directory
-    vae: Directory
-    text_encoder: Directory
     tokenizer: Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The models, ready to run, and the files their weights came from."""
+    """The models, on the meta device until their weights are brought in (residency.Part)."""
 
-    name: str
-    unet_config: UNetConfig
-    vae_config: VAEConfig
+    architecture: Architecture
     scheduler_config: SchedulerConfig
     unet: UNet
     vae: VAE
     text_encoder: nn.Module
     tokenizer: Any
-    files: tuple[Path, ...]
 
-
-def load_checkpoint(
-    model: str | Path, device: torch.device, dtype: torch.dtype, budget: int, config: str | Path | None = None
-) -> Checkpoint:
-    """Describe a checkpoint, check that the budget can hold it, and build its models."""
-    description = describe(model, dtype == torch.float16, config)
-    check_budget(sum(_count(stored) for stored in _stored(description)), dtype, budget)
-    return build(description, device, dtype)
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Where the weights are."""
+        directories = self.architecture.directories
+        return tuple(dict.fromkeys(stored.file for part in FILE_ORDER for stored in directories[part].values()))
 
 
 def describe(model: str | Path, half: bool = False, config: str | Path | None = None) -> Description:
@@ -123,30 +111,18 @@ def describe(model: str | Path, half: bool = False, config: str | Path | None = 
     )
 
 
-def build(description: Description, device: torch.device, dtype: torch.dtype) -> Checkpoint:
-    """Make the models and fill them; CheckpointError if a tensor is not finite."""
+def build(description: Description, device: torch.device) -> Checkpoint:
+    """Make the models without weights."""
+    architecture = description.architecture
     with torch.device("meta"):
-        unet, vae = UNet(description.unet_config), VAE(description.vae_config)
-        text_encoder = build_text_encoder(description.text_config)
-    _fill(unet, description.unet, "unet", device, dtype)
-    _fill(vae, description.vae, "vae", device, dtype)
-    _fill(text_encoder, description.text_encoder, "text_encoder", device, dtype)
-    return Checkpoint(
-        name=description.name,
-        unet_config=description.unet_config,
-        vae_config=description.vae_config,
-        scheduler_config=description.scheduler_config,
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=description.tokenizer(),
-        files=tuple(dict.fromkeys(stored.file for stored in _stored(description))),
-    )
-
-
-def _stored(description: Description) -> Iterator[Stored]:
-    for part in (description.unet, description.vae, description.text_encoder):
-        yield from part.values()
+        unet, vae = UNet(architecture.unet), VAE(architecture.vae)
+        text_encoder = build_text_encoder(architecture.text)
+    for name, buffer in list(text_encoder.named_buffers()):
+        if _is_counter(name):  # 0, 1, 2, ...: computed, not learned
+            assign(text_encoder, name, torch.arange(buffer.shape[-1], device=device)[None])
+    for model in (unet, vae, text_encoder):
+        model.requires_grad_(False).eval()
+    return Checkpoint(architecture, description.scheduler_config, unet, vae, text_encoder, description.tokenizer())
 
 
 def _expand(path: str | Path) -> Path:
@@ -256,17 +232,8 @@ def _match(name: str, configs: _Configs, parts: dict[str, Directory], tokenizer:
                 stored[rename(key)] = entry
         wanted = {rename(key): key for key in model.state_dict() if not _is_counter(key)}
         matched[component] = _hold_against(component, stored, wanted, model.state_dict())
-    return Description(
-        name=name,
-        unet_config=configs.unet,
-        vae_config=configs.vae,
-        text_config=configs.text,
-        scheduler_config=configs.scheduler,
-        unet=matched["unet"],
-        vae=matched["vae"],
-        text_encoder=matched["text_encoder"],
-        tokenizer=tokenizer,
-    )
+    architecture = Architecture(name, configs.unet, configs.vae, configs.text, split_vae(matched))
+    return Description(architecture, configs.scheduler, tokenizer)
 
 
 def _hold_against(
@@ -293,28 +260,6 @@ def _hold_against(
     return {name: stored[key] for key, name in wanted.items()}
 
 
-def _fill(model: nn.Module, directory: Directory, component: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Put every tensor in its place, as a view of the mapped file where nothing has to change."""
-    for name, tensor in read_tensors(directory):
-        read = tensor.to(device)
-        tensor = read.to(dtype)
-        lowest, highest = torch.aminmax(tensor)  # one quick pass, and NaN comes through it
-        if not bool(lowest.isfinite() & highest.isfinite()):
-            stored = directory[name]
-            fault = "holds NaN or infinity; fetch the file again"
-            if bool(read.isfinite().all()):
-                fault = f"is beyond what {str(dtype).removeprefix('torch.')} can hold; choose another --dtype"
-            raise CheckpointError(f"{component} ({stored.file.name}): {stored.key} {fault}")
-        assign(model, name, tensor)
-    for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta and _is_counter(name):  # 0, 1, 2, ...: computed, not learned
-            assign(model, name, torch.arange(buffer.shape[-1], device=device)[None])
-    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    if left:
-        raise CheckpointError(f"{component}: no weights for {some(left)}")
-    move(model, device)
-
-
 def _is_counter(key: str) -> bool:
     """Positions stored as a tensor in CLIP's files although they are no parameter."""
     return key.endswith("embeddings.position_ids")
@@ -331,7 +276,3 @@ def _new_vae_name(key: str) -> str:
     if parent.endswith("mid_block.attentions.0") and old in OLD_VAE_ATTENTION:
         return f"{parent}.{OLD_VAE_ATTENTION[old]}.{leaf}"
     return key
-
-
-def _count(stored: Stored) -> int:
-    return torch.Size(stored.shape).numel()

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,17 +14,18 @@ from PIL import Image
 from torch import Tensor
 
 from minpaint.canvas import Canvas, View, choose_views, reference_canvas
-from minpaint.checkpoint import Checkpoint
+from minpaint.checkpoint import Checkpoint, build, describe
 from minpaint.errors import MinpaintError, MinpaintWarning
 from minpaint.frame import Frame, make_frame
 from minpaint.image import ImageSource, open_image, to_image, to_levels
+from minpaint.machine import Machine, Run
 from minpaint.mask import reach_box
-from minpaint.memory import without_gradients
+from minpaint.memory import choose_budget, choose_device, choose_dtype, without_gradients
+from minpaint.plan import Request
 from minpaint.samplers import Step, ddim, dpmpp, keep_nothing, pndm
 from minpaint.schedule import Schedule, make_schedule
 from minpaint.seam import NEIGHBOURHOOD, seam_error
 from minpaint.settings import Settings
-from minpaint.text import encode_prompt
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Job:
     views: list[View]
     sampler: str
     schedule: Schedule
+    run: Run
 
 
 class Painter:
@@ -60,20 +63,23 @@ class Painter:
     unet(x, t, context): [B, 4 or 9, y, x], [B], [B, 77, D] -> prediction [B, 4, y, x].
     vae.encode(pixels) -> (mean, logvar); vae.decode(latents) -> pixels; latents unscaled.
     text_encoder, tokenizer: transformers' CLIPTextModel and CLIPTokenizer.
+    last_run: with its plan and the memory it took, of the last painting.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, budget: int) -> None:
         self.unet = checkpoint.unet
         self.vae = checkpoint.vae
         self.text_encoder = checkpoint.text_encoder
         self.tokenizer = checkpoint.tokenizer
-        self.unet_config = checkpoint.unet_config
-        self.vae_config = checkpoint.vae_config
+        self.unet_config = checkpoint.architecture.unet
+        self.vae_config = checkpoint.architecture.vae
         self.scheduler_config = checkpoint.scheduler_config
-        self.name = checkpoint.name
+        self.name = checkpoint.architecture.name
         self.files = checkpoint.files
         self.device = device
         self.dtype = dtype
+        self.machine = Machine(checkpoint, device, dtype, budget)
+        self.last_run: Run | None = None
 
     def __call__(
         self,
@@ -94,6 +100,7 @@ class Painter:
 
         Raises:
             InputError: an argument, the image or the mask cannot be used.
+            BudgetError: the budget cannot hold the run; nothing has been done then.
             MinpaintError: the network's output is not finite.
         """
         settings = Settings(prompt, **options)
@@ -150,7 +157,16 @@ class Painter:
         views = self.views(frame, settings)
         if settings.profile == "diffusers":
             self.canvas(frame, settings, views[0], [frame.original])  # may be too small for it
-        return Job(settings, frame, views, sampler, schedule)
+        return Job(settings, frame, views, sampler, schedule, Run(self.machine, self.request(frame, settings)))
+
+    def request(self, frame: Frame, settings: Settings) -> Request:
+        """What a painting asks of memory: the largest of its parts decides."""
+        factor = self.vae_config.factor
+        sizes = [view.size for view in self.views(frame, settings)]
+        width, height = (-(-side // factor) * factor for side in max(sizes, key=lambda size: size[0] * size[1]))
+        pixels = frame.original.width * frame.original.height
+        starts = settings.count if len(sizes) > 1 else 1
+        return Request(width, height, settings.count, settings.guidance > 1, starts, pixels)
 
     def canvas(self, frame: Frame, settings: Settings, view: View, pictures: list[Image.Image]) -> Canvas:
         """What the network works on for one part of the pictures."""
@@ -162,7 +178,8 @@ class Painter:
     @without_gradients
     def _run(self, job: Job) -> Generator[Step, None, tuple[list[Image.Image], Tensor]]:
         """View after view. Ends with the pictures that the last view starts from, and its latents."""
-        contexts, random = self._contexts(job.settings), _Random(job.settings.seeds, self.device)
+        self.last_run = job.run
+        contexts, random = self._contexts(job), _Random(job.settings.seeds, self.device)
         pictures, latents = [job.frame.begin()], torch.empty(0)
         for number, view in enumerate(job.views):
             if number > 0:
@@ -177,8 +194,7 @@ class Painter:
         """Encode, denoise. The order of the random draws is part of the contract."""
         schedule, settings = job.schedule, job.settings
         inpainting, own = self.unet_config.in_channels == 9, settings.profile == "minpaint"
-        canvas = canvas.to(self.device)
-        cells = canvas.cells.expand(settings.count, -1, -1, -1)
+        cells = canvas.cells.to(self.device).expand(settings.count, -1, -1, -1)
         normal = partial(random.normal, (4, *cells.shape[2:]))
         watch = _Watch(self.dtype)
 
@@ -187,16 +203,16 @@ class Painter:
         unseen = own and settings.strength == 1 and not settings.soft  # the old content has no part in it
         fill = "blur" if unseen else settings.fill
         if settings.strength < 1 or not inpainting:
-            picture = self._encode(canvas.filled(fill), normal())
+            picture = self._encode(job, canvas.filled(fill), normal())
         noise = normal()
         conditioning = None
         if inpainting:
-            masked = self._encode(canvas.masked_pixels, normal())
+            masked = self._encode(job, canvas.masked_pixels, normal())
             conditioning = torch.cat([(cells > 0).float(), masked], dim=1)  # [n, 5, y, x]
         else:
             normal()  # the reference's draw for a masked picture that it then has no use for
         if picture is None and own:
-            picture = self._encode(canvas.filled(fill))
+            picture = self._encode(job, canvas.filled(fill))
         if picture is not None and fill == "noise":
             picture = torch.where(cells > 0, normal(), picture)
 
@@ -208,9 +224,9 @@ class Painter:
 
         def model(x: Tensor, t: int) -> Tensor:
             inputs = x if conditioning is None else torch.cat([x, conditioning], dim=1)
-            inputs = torch.cat([inputs] * (len(contexts) // len(x))).to(self.dtype)
+            inputs = torch.cat([inputs] * (len(contexts) // len(x)))
             ts = torch.full((len(inputs),), t, device=self.device)
-            output: Tensor = self.unet(inputs, ts, contexts).float()
+            output = job.run.unet(inputs, ts, contexts)
             watch.look(output, t)
             if len(output) == len(x):
                 return output
@@ -226,18 +242,18 @@ class Painter:
             yield from dpmpp(model, x, schedule, keep)
         watch.report()
 
-    def _contexts(self, settings: Settings) -> Tensor:
+    def _contexts(self, job: Job) -> Tensor:
         """Prompt embeddings [n, 77, D]; with guidance [2n, 77, D], the negative ones first."""
+        settings = job.settings
         prompts = [settings.negative_prompt, settings.prompt] if settings.guidance > 1 else [settings.prompt]
-        rows = torch.cat([encode_prompt(self.tokenizer, self.text_encoder, prompt) for prompt in prompts])
+        rows = torch.cat([job.run.embed(prompt) for prompt in prompts])
         if not bool(rows.isfinite().all()):
             raise MinpaintError(f"the text encoder gave NaN or infinity; {_way_out(self.dtype)}")
         return rows.to(self.dtype).repeat_interleave(settings.count, dim=0)
 
-    def _encode(self, pixels: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+    def _encode(self, job: Job, pixels: Tensor, noise: Tensor | float = 0.0) -> Tensor:
         """Scaled latents [n, 4, y, x]: the VAE's posterior at a standard normal draw, or its mean."""
-        moments = self._vae(lambda x: torch.cat(self.vae.encode(x), dim=1), pixels, "encoder")
-        mean, logvar = moments.chunk(2, dim=1)
+        mean, logvar = self._vae(job.run.encode, pixels, "encoder").chunk(2, dim=1)
         sample = mean + torch.exp(0.5 * logvar) * noise
         return self.vae_config.scaling_factor * sample
 
@@ -246,7 +262,7 @@ class Painter:
         """Decode one part, [n, 4, y, x], and put it into the pictures it was painted from."""
         finished = []
         for number, z in enumerate(latents):
-            pixels = self._vae(self.vae.decode, z[None] / self.vae_config.scaling_factor, "decoder")[0]
+            pixels = self._vae(job.run.decode, z[None] / self.vae_config.scaling_factor, "decoder")[0]
             if job.settings.profile == "diffusers":
                 finished.append(to_image(pixels))
             else:
@@ -263,19 +279,13 @@ class Painter:
         box = reach_box(hole, 2 * NEIGHBOURHOOD)
         return Painting(picture, latents.cpu().clone(), seed, calls, seam_error(picture.crop(box), hole.crop(box)))
 
-    def _vae(self, call: Callable[[Tensor], Tensor], x: Tensor, part: str) -> Tensor:
-        """A VAE pass in float32 out, redone in float32 altogether if half precision overflows."""
-        out = call(x.to(self.device, self.dtype)).float()
-        if bool(out.isfinite().all()):
-            return out
-        if self.dtype != torch.float32:
+    def _vae(self, call: Callable[[Tensor, torch.dtype], Tensor], x: Tensor, part: str) -> Tensor:
+        """A VAE pass, redone in float32 altogether if half precision overflows."""
+        out = call(x, self.dtype)
+        if self.dtype != torch.float32 and not bool(out.isfinite().all()):
             told = f"the VAE's {part} overflowed in half precision; done again in float32"
             warnings.warn(told, MinpaintWarning, stacklevel=2)
-            self.vae.float()
-            try:
-                out = call(x.to(self.device)).float()
-            finally:
-                self.vae.to(self.dtype)
+            out = call(x, torch.float32)
         if not bool(out.isfinite().all()):
             raise MinpaintError(f"the VAE's {part} gave NaN or infinity; {_way_out(torch.float32)}")
         return out
@@ -326,6 +336,21 @@ def _blend(picture: Tensor, noise: Tensor, cells: Tensor, schedule: Schedule, x:
     known = picture if t is None else schedule.add_noise(picture, noise, t)
     left = 0 if t is None else sum(later <= t for later in schedule.timesteps) / len(schedule.timesteps)
     return torch.where((cells > left) | (cells == 1), x, known)
+
+
+def open_painter(
+    model: str | Path,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    budget: str | int | None,
+    config: str | Path | None,
+) -> Painter:
+    """`minpaint.load` without the weights, which come when they are first needed."""
+    place = choose_device(device)
+    number_format = choose_dtype(dtype, place)
+    size = choose_budget(budget, place)
+    checkpoint = build(describe(model, number_format == torch.float16, config), place)
+    return Painter(checkpoint, place, number_format, size)
 
 
 def open_frame(image: ImageSource, mask: ImageSource | None, settings: Settings) -> Frame:

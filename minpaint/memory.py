@@ -6,13 +6,12 @@ Everything that knows about devices stands here; the models do not.
 from __future__ import annotations
 
 import ctypes
-import gc
 import re
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -140,10 +139,8 @@ def forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with suppress(OSError):  # then the peak is that since the process began
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # the peak is that since the process began
 
 
 def peak_memory(device: torch.device) -> int:
@@ -155,14 +152,11 @@ def peak_memory(device: torch.device) -> int:
 
 def give_back(device: torch.device) -> None:
     """Let go of memory that is free but still held in reserve."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif sys.platform == "linux":
-        try:
+        with suppress(AttributeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)
-        except AttributeError:
-            pass  # not glibc
 
 
 @contextmanager
@@ -205,7 +199,7 @@ class Lane:
 
     def __init__(self, device: torch.device) -> None:
         self.direct = device.type != "cuda"
-        self.stream = None if self.direct else torch.cuda.Stream(device)
+        self.stream = None if self.direct else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.device = device
 
     def buffers(self, size: int) -> tuple[Tensor, Tensor]:
@@ -259,9 +253,12 @@ def measure(work: Callable[[], object], fused: bool = True) -> Usage:
     return Usage(counter.peak, counter.most)
 
 
-class _Counter(TorchDispatchMode):
+CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = self.most = 0
         self.storages: dict[int, weakref.ref[Any]] = {}
 
@@ -271,7 +268,7 @@ class _Counter(TorchDispatchMode):
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
                 self._count(x.untyped_storage())
-        operands = (args[0], args[1], out) if func is torch.ops.aten.convolution.default else ()
+        operands = (args[0], args[1], out) if func in CONVOLUTIONS else ()
         self.peak = max(self.peak, self.live)
         self.most = max(self.most, self.live + sum(x.nbytes for x in operands))
         return out

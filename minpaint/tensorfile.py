@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import mmap
 import re
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,11 @@ class Stored:
             return self
         shape, size = (self.shape[0] // parts, *self.shape[1:]), self.size // parts
         return replace(self, shape=shape, start=self.start + index * size, size=size)
+
+    @property
+    def count(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
 
     def squeezed(self, shape: tuple[int, ...]) -> Stored:
         """The same numbers without axes of size 1, if that gives `shape`."""
@@ -122,7 +128,7 @@ def read_into(stored: Stored, target: Tensor) -> None:
         if kind == target.dtype:
             _fill(file, flat)
             return
-        for piece in flat.split(PIECE):
+        for piece in torch.split(flat, PIECE):
             read = torch.empty(len(piece), dtype=kind)
             _fill(file, read)
             piece.copy_(read)
@@ -157,7 +163,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     """A file of known content; CheckpointError if it has gone meanwhile."""
     try:
         with path.open("rb", buffering=0) as file:
-            yield file  # type: ignore[misc]
+            yield file
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:

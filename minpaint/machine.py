@@ -1,0 +1,188 @@
+"""The networks of a checkpoint on one device, run within a budget: what a plan says is done here."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from minpaint.banded import Bands, set_bands
+from minpaint.checkpoint import Checkpoint
+from minpaint.errors import BudgetError, MinpaintWarning
+from minpaint.memory import (
+    capped,
+    forget_peak,
+    format_size,
+    free_memory,
+    give_back,
+    is_out_of_memory,
+    peak_memory,
+    used_memory,
+)
+from minpaint.plan import PHASES, Phase, Planner, Request, set_query_rows
+from minpaint.residency import Part
+from minpaint.text import encode_prompt
+
+SMALLER = 3 / 4  # of what a phase was planned with, when the device turns out fuller than it was
+
+
+class Machine:
+    """A checkpoint's networks, and where their weights are."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, budget: int) -> None:
+        self.checkpoint, self.device, self.dtype, self.budget = checkpoint, device, dtype, budget
+        self.planner = Planner(checkpoint.architecture, device, dtype)
+        vae, directories = checkpoint.vae, checkpoint.architecture.directories
+        models: dict[str, tuple[str, nn.Module, list[nn.Module]]] = {
+            "text_encoder": ("text_encoder", checkpoint.text_encoder, [checkpoint.text_encoder]),
+            "encoder": ("vae", vae, [vae.encoder, vae.quant_conv]),
+            "unet": ("unet", checkpoint.unet, [checkpoint.unet]),
+            "decoder": ("vae", vae, [vae.post_quant_conv, vae.decoder]),
+        }
+        self.parts = {
+            key: Part(name, model, roots, directories[key], device, dtype, self.need)
+            for key, (name, model, roots) in models.items()
+        }
+
+    @property
+    def base(self) -> int:
+        """Bytes that count against the budget and are not the weights'."""
+        give_back(self.device)
+        weights = sum(part.held for part in self.parts.values() if not part.changed)
+        return max(used_memory(self.device) - weights, 0)
+
+    def settle(self) -> None:
+        """Bring all networks in if the budget holds them; they come and go as they are needed otherwise.
+
+        Raises:
+            BudgetError: the budget cannot hold even the smallest run.
+        """
+        base, factor = self.base, self.checkpoint.architecture.vae.factor
+        self.planner.choose(Request(factor, factor, guided=False), self.budget, base)
+        if base + sum(part.size for part in self.parts.values()) <= self.budget:
+            for part in self.parts.values():
+                part.come()
+
+    def need(self, part: Part) -> None:
+        """Bring a network in for a call from outside a run, where there is no room in place of others."""
+        if self.base + part.size + sum(other.held for other in self.parts.values()) > self.budget:
+            for other in self.parts.values():
+                other.go()
+        part.come()
+
+
+class Run:
+    """One painting's calls of the networks, phase by phase.
+
+    Raises:
+        BudgetError: there is no way to keep within the budget.
+    """
+
+    def __init__(self, machine: Machine, request: Request) -> None:
+        self.machine, self.request, self.device = machine, request, machine.device
+        self.plan = machine.planner.choose(request, machine.budget, machine.base)
+        self.fallen_back = False
+        self.phase = ""
+        forget_peak(self.device)
+
+    @property
+    def measured(self) -> int:
+        """The most bytes taken since the run began, comparable with `plan.peak`."""
+        return peak_memory(self.device)
+
+    def embed(self, prompt: str) -> Tensor:
+        """A prompt's embeddings, [1, 77, D]."""
+        checkpoint = self.machine.checkpoint
+        tokenizer, text_encoder = checkpoint.tokenizer, checkpoint.text_encoder
+        return self._do("text", lambda phase: encode_prompt(tokenizer, text_encoder, prompt), self.machine.dtype)
+
+    def encode(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        """Pixels [n, 3, Y, X] -> the VAE's mean and log variance, [n, 8, y, x] float32 on the device."""
+        vae = self.machine.checkpoint.vae
+        return self._vae("encode", lambda x: torch.cat(vae.encode(x), dim=1).float(), pixels, dtype)
+
+    def decode(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
+        """Unscaled latents [n, 4, y, x] -> pixels [n, 3, Y, X] float32, on the CPU, where pictures are."""
+        vae = self.machine.checkpoint.vae
+        return self._vae("decode", lambda z: vae.decode(z).cpu().float(), latents, dtype)
+
+    def unet(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """The UNet's prediction in float32, for a batch that may be split."""
+
+        def call(phase: Phase) -> Tensor:
+            batches = (torch.split(tensor, phase.batch) for tensor in (x.to(phase.dtype), t, context))
+            outputs = [self.machine.checkpoint.unet(*batch).float() for batch in zip(*batches, strict=True)]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+        return self._do("denoise", call, self.machine.dtype)
+
+    def _vae(self, name: str, call: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A pass of the VAE, one picture at a time; perhaps in another number format than planned."""
+
+        def one(row: Tensor) -> Callable[[Phase], Tensor]:
+            return lambda phase: call(row[None].to(self.device, phase.dtype))
+
+        try:
+            pictures = [self._do(name, one(row), dtype) for row in x]
+        finally:
+            self.machine.parts[PHASES[name]].convert(self.machine.dtype)
+        return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
+
+    def _do(self, name: str, call: Callable[[Phase], Tensor], dtype: torch.dtype) -> Tensor:
+        """A call of a phase's network. Once in a run one that finds no memory is made again in less."""
+        try:
+            return self._attempt(name, call, dtype)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # out of the handler, where nothing of the failed call is held any more
+        if not self.fallen_back:
+            self._fall_back(name)
+            try:
+                return self._attempt(name, call, dtype)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+        raise BudgetError(
+            f"{self.device} ran out of memory in the phase {name}, planned with "
+            f"{format_size(self.plan.phases[name].peak)}; lower --budget to what is really free, or free some"
+        )
+
+    def _attempt(self, name: str, call: Callable[[Phase], Tensor], dtype: torch.dtype) -> Tensor:
+        machine, phase = self.machine, self.plan.phases[name]
+        if dtype != phase.dtype:
+            planner = Planner(machine.checkpoint.architecture, self.device, dtype)
+            phase = planner.phase(name, self.request, self.plan.budget, self.plan.base)
+        if name != self.phase:
+            self.phase = name
+            give_back(self.device)
+        with capped(self.device, machine.budget):
+            part = machine.parts[PHASES[name]]
+            if not self.plan.resident:
+                for other in machine.parts.values():
+                    if other is not part:
+                        other.go()
+            part.come(phase.division)
+            part.convert(phase.dtype)
+            set_query_rows(part.model, phase.query_rows)
+            set_bands(machine.checkpoint.vae, Bands(phase.bands) if phase.bands else None)
+            return call(phase)
+
+    def _fall_back(self, name: str) -> None:
+        """A plan for less memory than the one that failed; for as little as is possible, if there is none."""
+        machine, before = self.machine, self.plan
+        self.fallen_back = True
+        gc.collect()
+        give_back(self.device)
+        there = used_memory(self.device) + free_memory(self.device)
+        budget = min(machine.budget, there, int(SMALLER * before.phases[name].peak))
+        budget = max(budget, machine.planner.least(self.request, before.base))
+        self.plan = machine.planner.choose(self.request, budget, before.base)
+        told = (
+            f"{self.device} has less free memory than it had; going on within {format_size(self.plan.peak)} "
+            f"instead of {format_size(before.peak)}, with the same result"
+        )
+        warnings.warn(told, MinpaintWarning, stacklevel=2)

@@ -1,0 +1,376 @@
+"""What a run will take, found out before anything is loaded, and the fastest way that fits a budget.
+
+The networks themselves are run on the meta device, where tensors have shapes and no numbers,
+while a counter follows the bytes that are alive (memory.measure); so the prediction cannot drift
+from the code. What is added to that is said at the constants below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minpaint.attention import Attention
+from minpaint.banded import Bands, set_bands
+from minpaint.config import Json, UNetConfig, VAEConfig
+from minpaint.errors import BudgetError
+from minpaint.memory import attention_is_fused, format_size, measure, without_gradients
+from minpaint.residency import Division, divide, total_size
+from minpaint.tensorfile import Directory, Stored
+from minpaint.text import build_text_encoder
+from minpaint.unet import UNet
+from minpaint.vae import LATENT_CHANNELS, VAE
+
+PHASES = {"text": "text_encoder", "encode": "encoder", "denoise": "unet", "decode": "decoder"}
+ENCODER = ("encoder.", "quant_conv.")  # names of the VAE's tensors that encoding needs
+FLOWING = ("text_encoder", "unet")  # the VAE's weights are little beside its feature maps
+BANDS = (None, 16, 64)
+QUERY_ROWS = (None, 1024, 128)  # of attention that holds its scores; a fused one needs no slices
+LATENTS = 24  # float32 tensors of the latents' shape around the UNet: sampler, history, conditioning
+
+# On CUDA: cuBLAS's workspaces, and what the caching allocator cannot use of what it holds.
+CUDA_LIBRARIES = 32 * 2**20
+CUDA_RESERVE = 1 / 16
+# On the CPU: code and stacks that the first calls bring in, what the heap keeps of the small blocks
+# that were freed (at most so many times what is alive, and so many bytes), and the pictures.
+CPU_LIBRARIES = 32 * 2**20
+CPU_HEAP = (1.5, 192 * 2**20)
+CANVAS = 16  # bytes a pixel the network sees: the picture and where it is blanked, from encoding on
+COPY = 28  # bytes a pixel the network sees: the picture blanked or filled, while it is encoded
+FILLING = 144  # bytes a pixel: continuing a picture into its hole, before encoding and for the colour match
+PICTURE = (24, 8)  # bytes a pixel of the picture: its copies and its file, and what each painting adds
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a checkpoint's memory depends on. directories: by part of the program, `PHASES`' values."""
+
+    name: str
+    unet: UNetConfig
+    vae: VAEConfig
+    text: Json
+    directories: dict[str, Directory]
+
+
+def split_vae(directories: dict[str, dict[str, Stored]]) -> dict[str, Directory]:
+    """Directories by part from those by model ("unet", "vae", "text_encoder")."""
+    encoder = {name: stored for name, stored in directories["vae"].items() if name.startswith(ENCODER)}
+    decoder = {name: stored for name, stored in directories["vae"].items() if name not in encoder}
+    return {
+        "text_encoder": directories["text_encoder"],
+        "encoder": encoder,
+        "unet": directories["unet"],
+        "decoder": decoder,
+    }
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be painted: the size the network works at, in pixels, how many, and with guidance or not.
+
+    starts: how many different pictures the paintings start from. pixels: of the whole picture, of
+    which the network sees perhaps a part.
+    """
+
+    width: int
+    height: int
+    count: int = 1
+    guided: bool = True
+    starts: int = 1
+    pixels: int = 0
+
+    @property
+    def area(self) -> int:
+        return self.width * self.height
+
+    @property
+    def rows(self) -> int:
+        """Rows of the UNet's batch when nothing is split."""
+        return self.count * (2 if self.guided else 1)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run, and how it is done.
+
+    batch: rows of the UNet's batch in one call, or pictures of the VAE's. bands: of the VAE, None
+    is whole. query_rows: of attention at a time, None is all. division: which weights flow; None
+    is none. weights, others, working: bytes of its own network, of the other networks that are
+    there, and of everything else. peak: with what comes on top.
+    """
+
+    name: str
+    dtype: torch.dtype
+    batch: int
+    bands: int | None
+    query_rows: int | None
+    division: Division | None
+    weights: int
+    others: int
+    working: int
+    peak: int
+
+    @property
+    def how(self) -> str:
+        """In words."""
+        if self.division is not None:
+            stay = self.weights - 2 * self.division.width
+            said = [f"flows, {format_size(stay)} stay"]
+        else:
+            said = ["with the others" if self.others else "alone"]
+        if self.name == "denoise":
+            said.append("1 row at a time" if self.batch == 1 else f"{self.batch} rows at a time")
+        elif self.name != "text":
+            said.append("whole" if self.bands is None else f"{self.bands} bands")
+        if self.query_rows is not None:
+            said.append(f"attention from {self.query_rows} rows")
+        return ", ".join(said)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is done within a budget, in bytes. base: what is taken before it begins."""
+
+    budget: int
+    base: int
+    phases: dict[str, Phase]
+
+    @property
+    def peak(self) -> int:
+        return max(phase.peak for phase in self.phases.values())
+
+    @property
+    def resident(self) -> bool:
+        """Whether all networks stay on the device."""
+        return all(phase.others for phase in self.phases.values())
+
+    def table(self) -> str:
+        """The phases in lines for people."""
+        lines = [f"{'phase':8} {'weights':>10} {'others':>10} {'working':>10} {'peak':>10}  how"]
+        for phase in self.phases.values():
+            sizes = (phase.weights, phase.others, phase.working, phase.peak)
+            lines.append(f"{phase.name:8} " + " ".join(f"{format_size(n):>10}" for n in sizes) + f"  {phase.how}")
+        return "\n".join(lines)
+
+    def report(self) -> dict[str, Any]:
+        """The same as numbers of bytes."""
+        shown = ("name", "how", "batch", "bands", "query_rows", "weights", "others", "working", "peak")
+        phases = [{key: getattr(phase, key) for key in shown} for phase in self.phases.values()]
+        return {"budget": self.budget, "base": self.base, "peak": self.peak, "phases": phases}
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a phase can be done; the fields are Phase's."""
+
+    batch: int = 1
+    bands: int | None = None
+    query_rows: int | None = None
+
+
+class Planner:
+    """Plans for one checkpoint on one device; measures each piece of work once."""
+
+    def __init__(self, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> None:
+        self.architecture, self.device, self.dtype = architecture, device, dtype
+        self.on_cuda = device.type == "cuda"
+        self.fused = attention_is_fused(device, dtype)
+        self.reserve = CUDA_RESERVE if self.on_cuda else 0.0
+        self.measured: dict[Any, int] = {}
+        self.orders: dict[str, list[str]] = {}
+
+    def choose(self, request: Request, budget: int, base: int) -> Plan:
+        """The fastest plan that fits.
+
+        All networks stay if everything fits beside them without being split. Otherwise each comes
+        for its phase, which is done in the first way that fits: with all the weights in, then
+        with weights that flow, each time in ever smaller batches or bands.
+
+        Raises:
+            BudgetError: none fits; it names the smallest budget that does.
+        """
+        together = sum(self._size(name) for name in PHASES)
+        phases = []
+        for name in PHASES:
+            way = next(self._ways(name, request))
+            phases.append(self._phase(name, request, way, together - self._size(name), base))
+        if any(phase.peak > budget for phase in phases):
+            phases = [self.phase(name, request, budget, base) for name in PHASES]
+        return Plan(budget, base, {phase.name: phase for phase in phases})
+
+    def phase(self, name: str, request: Request, budget: int, base: int) -> Phase:
+        """One phase alone, done in the first way that fits; BudgetError if none does."""
+        for flowing in (False, True)[: 1 + (PHASES[name] in FLOWING)]:
+            for way in self._ways(name, request):
+                phase = self._phase(name, request, way, 0, base, budget if flowing else None)
+                if phase.peak <= budget:
+                    return phase
+        size = f"{request.count} pictures" if request.count > 1 else "a picture"
+        raise BudgetError(
+            f"budget {format_size(budget)} cannot hold {size} of {request.width}x{request.height} with "
+            f"{self.architecture.name} as {str(self.dtype).removeprefix('torch.')}: the smallest budget that can "
+            f"is {round_up(self.least(request, base))}; raise --budget or paint smaller"
+        )
+
+    def least(self, request: Request, base: int) -> int:
+        """The smallest budget in bytes that a request can be done with."""
+        return max(self._leanest(name, request, base).peak for name in PHASES)
+
+    def largest(self, request: Request, budget: int, base: int) -> tuple[int, int] | None:
+        """Width and height of the largest picture of a request's shape that fits; None if none does.
+
+        What a phase takes grows as a constant and a share of the area, told from two sizes; the
+        answer is then held against a plan of its own, and made smaller until it fits.
+        """
+        factor = self.architecture.vae.factor
+
+        def scaled(scale: float) -> Request:
+            width, height = (max(int(side * scale) // factor, 1) * factor for side in (request.width, request.height))
+            return replace(request, width=width, height=height, pixels=width * height)
+
+        near, far = scaled(1.0), scaled(2.0)
+        areas = [size.width * size.height for size in (near, far)]
+        room = []
+        for name in PHASES:
+            a, b = (self._leanest(name, size, base).peak for size in (near, far))
+            slope = (b - a) / (areas[1] - areas[0])
+            room.append((budget - a) / slope + areas[0] if slope > 0 else math.inf)
+        scale = math.sqrt(max(min(room), 0.0) / (request.width * request.height))
+        while (found := scaled(scale)) != scaled(0.0):
+            if self.least(found, base) <= budget:
+                return found.width, found.height
+            scale -= max(scale / 50, factor / max(request.width, request.height))
+        return (found.width, found.height) if self.least(found, base) <= budget else None
+
+    def order(self, part: str) -> list[str]:
+        """The layers of a network that have weights, in the order of their calls."""
+        if part not in self.orders:
+            model, called = (self.unet if part == "unet" else self.text_encoder), []
+            hooks = [
+                module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+                for name, module in model.named_modules()
+                if module._parameters
+            ]
+            self._run("denoise" if part == "unet" else "text", Request(64, 64, guided=False), _Way())
+            for hook in hooks:
+                hook.remove()
+            self.orders[part] = called
+        return self.orders[part]
+
+    @cached_property
+    def unet(self) -> UNet:
+        with torch.device("meta"):
+            return UNet(self.architecture.unet).to(self.dtype)
+
+    @cached_property
+    def vae(self) -> VAE:
+        with torch.device("meta"):
+            return VAE(self.architecture.vae).to(self.dtype)
+
+    @cached_property
+    def text_encoder(self) -> nn.Module:
+        with torch.device("meta"):
+            return build_text_encoder(self.architecture.text).to(self.dtype)
+
+    def _ways(self, name: str, request: Request) -> Iterator[_Way]:
+        """From the fastest to the one that takes least."""
+        slices = (None,) if self.fused else QUERY_ROWS
+        if name == "denoise":
+            batch = request.rows
+            while batch:
+                yield from (_Way(batch, None, rows) for rows in slices)
+                batch //= 2
+        elif name == "text":
+            yield _Way()
+        else:
+            yield from (_Way(1, bands, rows) for bands in BANDS for rows in slices)
+
+    def _leanest(self, name: str, request: Request, base: int) -> Phase:
+        """The last of a phase's ways; a small picture may take less whole than in bands."""
+        ways, flowing = list(self._ways(name, request)), 0 if PHASES[name] in FLOWING else None
+        return min(
+            (self._phase(name, request, way, 0, base, flowing) for way in {ways[0]: 0, ways[-1]: 0}),
+            key=lambda phase: phase.peak,
+        )
+
+    def _phase(
+        self, name: str, request: Request, way: _Way, others: int, base: int, flowing: int | None = None
+    ) -> Phase:
+        """flowing: the budget that the weights which stay may fill; None has all of them stay."""
+        working = self._working(name, request, way)
+        division, weights = None, self._size(name)
+        if flowing is not None:
+            part = PHASES[name]
+            room = int((flowing - base - self._extra(request, working)) / (1 + self.reserve)) - working - others
+            division = divide(self.architecture.directories[part], self.dtype, self.order(part), room)
+            weights = division.size
+        counted = weights + others + working
+        peak = base + self._extra(request, working) + counted + math.ceil(counted * self.reserve)
+        return Phase(name, self.dtype, way.batch, way.bands, way.query_rows, division, weights, others, working, peak)
+
+    def _extra(self, request: Request, working: int) -> int:
+        """Bytes that come on top of weights and tensors."""
+        if self.on_cuda:
+            return CUDA_LIBRARIES
+        pictures = max(request.pixels, request.area) * (PICTURE[0] + PICTURE[1] * request.count)
+        return CPU_LIBRARIES + min(int(CPU_HEAP[0] * working), CPU_HEAP[1]) + pictures
+
+    def _size(self, name: str) -> int:
+        return total_size(self.architecture.directories[PHASES[name]], self.dtype)
+
+    def _working(self, name: str, request: Request, way: _Way) -> int:
+        """Bytes that a phase takes beside weights."""
+        key = (name, name if name == "text" else request, way)
+        if key not in self.measured:
+            _ = self.unet, self.vae, self.text_encoder  # made before what they take is measured
+            taken = measure(partial(self._run, name, request, way), self.fused).total
+            if name == "denoise":
+                taken += LATENTS * request.count * LATENT_CHANNELS * 4 * request.area // self.architecture.vae.factor**2
+            if not self.on_cuda and name != "text":  # the pictures are in the same memory
+                filled = {"encode": request.starts * request.area, "decode": max(request.pixels, request.area)}
+                copies = COPY * filled["encode"] if name == "encode" else 0
+                taken = max(taken + copies, FILLING * filled.get(name, 0)) + CANVAS * request.starts * request.area
+            self.measured[key] = taken
+        return self.measured[key]
+
+    @without_gradients
+    def _run(self, name: str, request: Request, way: _Way) -> None:
+        """One call of a phase's network on tensors without numbers."""
+        config, factor = self.architecture, self.architecture.vae.factor
+        small = (request.height // factor, request.width // factor)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=self.dtype, device="meta")
+
+        network: nn.Module = {"text": self.text_encoder, "denoise": self.unet}.get(name, self.vae)
+        set_query_rows(network, way.query_rows)
+        set_bands(self.vae, Bands(way.bands, some=True) if way.bands else None)
+        if name == "text":
+            self.text_encoder(torch.zeros(1, config.text["max_position_embeddings"], dtype=torch.long, device="meta"))
+        elif name == "encode":
+            self.vae.encode(empty(1, 3, request.height, request.width))
+        elif name == "decode":
+            self.vae.decode(empty(1, LATENT_CHANNELS, *small)).float()
+        else:
+            context = empty(way.batch, config.text["max_position_embeddings"], config.unet.context_dim)
+            t = torch.zeros(way.batch, device="meta")
+            self.unet(empty(way.batch, config.unet.in_channels, *small), t, context).float()
+
+
+def set_query_rows(model: nn.Module, rows: int | None) -> None:
+    """Let all attention of a model run from so many query rows at a time; None: from all."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.query_rows = rows
+
+
+def round_up(size: int) -> str:
+    """Bytes for people who will ask for as much: never less than that."""
+    mib = -(-size // 2**20)
+    return f"{mib}MiB" if mib < 2**10 else f"{math.ceil(mib / 2**10 * 100) / 100:.2f}GiB"
