@@ -10,11 +10,14 @@ import argparse
 import itertools
 import json
 import os
+import re
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from io import BytesIO
 from pathlib import Path
@@ -109,6 +112,22 @@ def _parser(repeated: dict[str, Any] | None = None) -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace outputs that exist")
     add("--record", action=on_or_off, default=True, help="keep what repeats the run in the file (default: on)")
     paint.set_defaults(**(repeated or {}))
+    plan = verbs.add_parser(
+        "plan",
+        help="say what a run will take, and how it will keep within a budget",
+        description="Predict the memory of a run from a checkpoint's shapes; no weights are read, none fetched.",
+    )
+    plan.add_argument("--model", default="tiny", help=f"{MODELS} (default: tiny)")
+    plan.add_argument("--config", default=None, metavar="FOLDER", help="configurations of a single-file model")
+    plan.add_argument("--size", default="512x512", metavar="WxH", help="what the network paints (default: 512x512)")
+    plan.add_argument("--count", type=int, default=1, help="pictures at once (default: 1)")
+    plan.add_argument("--guidance", type=float, default=7.5, help="1 or less needs half the batch (default: 7.5)")
+    plan.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda; one that this machine lacks is planned for too"
+    )
+    plan.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="default: auto")
+    plan.add_argument("--budget", default=None, metavar="SIZE", help="default: 15GiB")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
     info = verbs.add_parser(
         "info", help="print how a picture was painted", description="Print the record that minpaint left in a file."
     )
@@ -142,6 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
             _demo()
         elif options.verb == "info":
             _info(options)
+        elif options.verb == "plan":
+            _plan(options)
         else:
             _paint(options)
     except BudgetError as error:
@@ -165,6 +186,26 @@ def _fail(error: object, code: int) -> int:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _note(line: str) -> None:
+    _say(f"minpaint: {line}")
+
+
+def _quieten() -> None:
+    """Keep the libraries' own chatter off the terminal."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+
+@contextmanager
+def _told(note: Callable[[str], None]) -> Iterator[None]:
+    """Our warnings as one line each, and nobody else's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", MinpaintWarning)
+        warnings.showwarning = lambda message, *_: note(f"note: {message}")
+        yield
 
 
 def _demo() -> None:
@@ -194,6 +235,48 @@ def _info(options: argparse.Namespace) -> None:
         print(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
 
 
+def _plan(options: argparse.Namespace) -> None:
+    """Print what a run will take."""
+    _quieten()
+    from minpaint.canvas import WHOLE
+    from minpaint.checkpoint import outline
+    from minpaint.memory import choose_budget, choose_device, choose_dtype, dtype_name, format_size, used_memory
+    from minpaint.plan import Planner, Request, round_up
+
+    size = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", options.size)
+    if not size:
+        raise InputError(f"size {options.size!r} is not WIDTHxHEIGHT in pixels; write it like 768x512")
+    settings = Settings("", count=options.count, guidance=options.guidance)
+    device = choose_device(options.device, absent=True)
+    dtype = choose_dtype(options.dtype, device)
+    with _told(_note):
+        budget = choose_budget(options.budget, device)
+        planner = Planner(outline(options.model, dtype_name(dtype) == "fp16", options.config), device, dtype)
+    factor, native = planner.architecture.vae.factor, planner.architecture.unet.sample_size
+    width, height = (-(-int(side) // factor) * factor for side in size.groups())
+    request = Request(width, height, settings.count, settings.guidance > 1)
+    base = used_memory(device)
+    plan = planner.choose(request, budget, base)
+    smallest, largest = planner.least(request, base), planner.largest(request, budget, base)
+    if options.json:
+        report = {"model": options.model, "width": width, "height": height, "count": settings.count}
+        report |= {"device": str(device), "dtype": dtype_name(dtype), **plan.report()}
+        print(json.dumps(report | {"smallest_budget": smallest, "largest_picture": largest}))
+        return
+    print(f"{options.model} at {width}x{height}, count {settings.count}, {dtype_name(dtype)} on {device}\n")
+    print(f"{plan.table()}\n")
+    print(f"predicted peak: {format_size(plan.peak)} of {format_size(budget)}")
+    print(f"smallest budget for this: {round_up(smallest)}")
+    if largest is not None:
+        print(f"largest picture of this shape in {format_size(budget)}: {largest[0]}x{largest[1]}")
+    if device.type == "cuda":
+        print("the driver's CUDA context, 0.3 to 0.6 GiB, comes on top and is not in the budget")
+    else:
+        print(f"{format_size(base)} of it are the interpreter and the libraries")
+    if width * height > WHOLE * (native * factor) ** 2:
+        print("paint shows the network a crop of a picture of this size, unless told --context whole")
+
+
 def _record_of(file: str) -> dict[str, Any]:
     from minpaint.saving import read_record
 
@@ -219,26 +302,20 @@ def _paint(options: argparse.Namespace) -> None:
 
     def note(line: str) -> None:
         if not options.quiet:
-            _say(f"minpaint: {line}")
+            _note(line)
 
     if options.model is None:
         note("no --model given: using tiny, the bundled toy model")
 
-    # the libraries' own chatter stays off the terminal; our warnings come as one line each
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    _quieten()
     if options.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from minpaint import load
     from minpaint.frame import explain
-    from minpaint.inpaint import open_frame
+    from minpaint.inpaint import open_frame, open_painter
+    from minpaint.memory import dtype_name, format_size
     from minpaint.saving import check_target, save
 
-    with warnings.catch_warnings(), _Progress(options.quiet) as progress, ThreadPoolExecutor(1) as beside:
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("always", MinpaintWarning)
-        warnings.showwarning = lambda message, *_: note(f"note: {message}")
-
+    with _told(note), _Progress(options.quiet) as progress, ThreadPoolExecutor(1) as beside:
         # all that is cheap to find out comes before the weights
         settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
         targets = _targets(options)
@@ -249,8 +326,8 @@ def _paint(options: argparse.Namespace) -> None:
             if isinstance(target, Path):
                 check_target(target, frame.original.size)
 
-        painter = load(options.model or "tiny", options.device, options.dtype, options.budget, options.config)
-        note(f"{painter.name} on {painter.device}, {str(painter.dtype).removeprefix('torch.')}")
+        painter = open_painter(options.model or "tiny", options.device, options.dtype, options.budget, options.config)
+        note(f"{painter.name} on {painter.device}, {dtype_name(painter.dtype)}")
         record = beside.submit(_record, options, settings, painter, image, mask)
         if options.explain_mask is not None:
             views = painter.views(frame, settings)
@@ -286,6 +363,10 @@ def _paint(options: argparse.Namespace) -> None:
                 "receipt": asdict(receipt) if receipt else None,
             }
         )
+    run = painter.last_run
+    assert run is not None
+    memory = {"budget": run.plan.budget, "planned": run.plan.peak, "measured": run.measured}
+    note("memory: " + ", ".join(f"{name} {format_size(size)}" for name, size in memory.items()))
     seconds = time.perf_counter() - started
     note(f"done in {seconds:.1f} s")
     if options.json:
@@ -294,6 +375,7 @@ def _paint(options: argparse.Namespace) -> None:
             "model": painter.name,
             "device": str(painter.device),
             "dtype": str(painter.dtype).removeprefix("torch."),
+            "memory": memory,
             **asdict(settings),
             "sampler": settings.sampler or painter.scheduler_config.sampler,
             "steps_run": paintings[0].steps,
@@ -310,13 +392,13 @@ def _record(options: argparse.Namespace, settings: Any, painter: Any, image: Any
     import torch
 
     from minpaint.hub import fingerprint, sha256
+    from minpaint.memory import dtype_name
 
     def digest(source: str | BytesIO | None) -> str | None:
         if isinstance(source, BytesIO):
             return hashlib.sha256(source.getvalue()).hexdigest()
         return None if source is None else sha256(Path(source))
 
-    dtypes = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     return {
         "minpaint": __version__,
         "model": options.model or "tiny",
@@ -326,7 +408,7 @@ def _record(options: argparse.Namespace, settings: Any, painter: Any, image: Any
         "image_sha256": digest(image),
         "mask": options.mask,
         "mask_sha256": digest(mask),
-        "dtype": dtypes[painter.dtype],
+        "dtype": dtype_name(painter.dtype),
         "device": painter.device.type,
         "torch": torch.__version__,
         **asdict(settings),

@@ -29,7 +29,7 @@ from minpaint.config import (
     vae_config,
 )
 from minpaint.errors import CheckpointError, InputError, MinpaintWarning, ModelNotFoundError
-from minpaint.plan import Architecture, split_vae
+from minpaint.plan import Architecture, blank_models, split_vae
 from minpaint.tensorfile import (
     FLOATS,
     Directory,
@@ -40,7 +40,7 @@ from minpaint.tensorfile import (
     refuse_disguise,
     some,
 )
-from minpaint.text import build_text_encoder, load_tokenizer
+from minpaint.text import load_tokenizer
 from minpaint.unet import UNet
 from minpaint.vae import VAE
 
@@ -90,39 +90,55 @@ def describe(model: str | Path, half: bool = False, config: str | Path | None = 
     if not isinstance(model, (str, Path)) or not str(model):
         raise InputError(f"model {model!r} is not a name, a hub id, a folder or a file")
     path = _expand(model)
-    known = hub.catalogue()
-    match = HUB_ID.fullmatch(str(model))
     if config is not None and not path.is_file():
         raise InputError(f"config {config}: describes a model in a single file, and {model} is none; leave it out")
-    if str(model) in known:
-        entry = known[str(model)]
-        return _describe_folder(hub.fetch(entry.repository, entry.revision, half, entry), str(model), half)
+    if place := _place_in_hub(str(model)):
+        repository, revision, known = place
+        return _describe_folder(hub.fetch(repository, revision, half, known), str(model), half)
     if str(model) == TINY:
         return _describe_folder(hub.weights_folder() / TINY, TINY, half)
     if path.is_dir():
         return _describe_folder(path, str(model), half)
     if path.exists():
         return _describe_file(path, str(model), config)
-    if match and path.suffix not in WEIGHT_SUFFIXES and not str(model).startswith((".", "~", "/")):
-        return _describe_folder(hub.fetch(match["repository"], match["revision"], half), str(model), half)
     raise ModelNotFoundError(
         f"model {str(model)!r} is unknown: no such file or folder; "
-        f"use {', '.join((TINY, *known))}, owner/name of the hub, a folder or a .safetensors file"
+        f"use {', '.join((TINY, *hub.catalogue()))}, owner/name of the hub, a folder or a .safetensors file"
     )
+
+
+def outline(model: str | Path, half: bool = False, config: str | Path | None = None) -> Architecture:
+    """What `describe` says of memory; of a repository of the hub only the configurations are fetched."""
+    place = _place_in_hub(str(model)) if config is None else None
+    if place is None:
+        return describe(model, half, config).architecture
+    configs = _read_configs(hub.fetch_configs(*place[:2]))
+    kind, directories = "F16" if half else "F32", {}
+    for component, blank in blank_models(configs.unet, configs.vae, configs.text).items():
+        shapes = {name: tuple(parameter.shape) for name, parameter in blank.named_parameters()}
+        directories[component] = {name: Stored(Path(), name, shape, kind, 0, 0) for name, shape in shapes.items()}
+    return Architecture(str(model), configs.unet, configs.vae, configs.text, split_vae(directories))
+
+
+def _place_in_hub(model: str) -> tuple[str, str | None, hub.Known | None] | None:
+    """Repository, revision and entry of the catalogue; None if a model is not the hub's."""
+    if known := hub.catalogue().get(model):
+        return known.repository, known.revision, known
+    match, path = HUB_ID.fullmatch(model), _expand(model)
+    if not match or path.exists() or path.suffix in WEIGHT_SUFFIXES or model.startswith((".", "~", "/")):
+        return None
+    return match["repository"], match["revision"], None
 
 
 def build(description: Description, device: torch.device) -> Checkpoint:
     """Make the models without weights."""
     architecture = description.architecture
-    with torch.device("meta"):
-        unet, vae = UNet(architecture.unet), VAE(architecture.vae)
-        text_encoder = build_text_encoder(architecture.text)
+    models = blank_models(architecture.unet, architecture.vae, architecture.text)
+    text_encoder = models["text_encoder"]
     for name, buffer in list(text_encoder.named_buffers()):
         if _is_counter(name):  # 0, 1, 2, ...: computed, not learned
             assign(text_encoder, name, torch.arange(buffer.shape[-1], device=device)[None])
-    for model in (unet, vae, text_encoder):
-        model.requires_grad_(False).eval()
-    return Checkpoint(architecture, description.scheduler_config, unet, vae, text_encoder, description.tokenizer())
+    return Checkpoint(architecture, description.scheduler_config, **models, tokenizer=description.tokenizer())
 
 
 def _expand(path: str | Path) -> Path:
@@ -213,8 +229,7 @@ def _open_component(folder: Path, component: str, names: set[str], half: bool) -
 
 def _match(name: str, configs: _Configs, parts: dict[str, Directory], tokenizer: Callable[[], Any]) -> Description:
     """Rename what needs it and hold every tensor against the models, both ways."""
-    with torch.device("meta"):
-        models = {"unet": UNet(configs.unet), "vae": VAE(configs.vae), "text_encoder": build_text_encoder(configs.text)}
+    models = blank_models(configs.unet, configs.vae, configs.text)
     if configs.unet.context_dim != configs.text["hidden_size"]:
         raise CheckpointError(
             f"unet/config.json: cross_attention_dim {configs.unet.context_dim} does not fit the text encoder's "

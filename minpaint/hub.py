@@ -90,6 +90,11 @@ def fetch(repository: str, revision: str | None, half: bool, known: Known | None
     return folder
 
 
+def fetch_configs(repository: str, revision: str | None) -> Path:
+    """The folder in the cache with a repository's configurations; nothing else is fetched."""
+    return _get(repository, revision or "main", CONFIGS)
+
+
 def fetch_tokenizer() -> Path:
     """The folder with CLIP's vocabulary, from the cache or the hub."""
     names = ["vocab.json", "merges.txt"]

@@ -44,8 +44,8 @@ def outside_inference(function: Function) -> Function:
     return torch.inference_mode(mode=False)(function)
 
 
-def choose_device(name: str | torch.device) -> torch.device:
-    """ "auto", "cpu", "cuda" or "cuda:N" as a device; InputError if it is not there."""
+def choose_device(name: str | torch.device, absent: bool = False) -> torch.device:
+    """ "auto", "cpu", "cuda" or "cuda:N" as a device; InputError if it is not there and must be."""
     if isinstance(name, torch.device):
         name = str(name)
     if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
@@ -54,7 +54,7 @@ def choose_device(name: str | torch.device) -> torch.device:
     if name == "auto":
         name = "cuda" if gpus else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= gpus:
+    if device.type == "cuda" and (device.index or 0) >= gpus and not absent:
         raise InputError(f"device {name}: PyTorch sees {gpus or 'no'} CUDA device(s); use --device cpu")
     return device
 
@@ -73,6 +73,11 @@ def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     elif isinstance(name, str) and name in DTYPES:
         return DTYPES[name]
     raise InputError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The command line's name of a number format."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def parse_budget(budget: str | int | float | None) -> int:
@@ -98,8 +103,18 @@ def format_size(size: float) -> str:
     return f"{size / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
 
 
+def is_there(device: torch.device) -> bool:
+    """Whether this machine has the device."""
+    return device.type != "cuda" or torch.cuda.device_count() > (device.index or 0)
+
+
 def choose_budget(budget: str | int | float | None, device: torch.device) -> int:
-    """The budget in bytes, or what the device has if that is less; then a budget given is said to be cut."""
+    """The budget in bytes, or what the device has if that is less; then a budget given is said to be cut.
+
+    A device that is not there has whatever is asked for.
+    """
+    if not is_there(device):
+        return parse_budget(budget)
     wanted, there = parse_budget(budget), used_memory(device) + free_memory(device)
     if wanted > there and budget is not None:
         told = f"budget {format_size(wanted)} is more than {device} has free; keeping to {format_size(there)}"
@@ -115,7 +130,7 @@ def used_memory(device: torch.device) -> int:
     driver takes for itself, cannot be counted and comes on top.
     """
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_allocated(device) if is_there(device) else 0
     return _status("VmRSS") or _largest_resident()
 
 

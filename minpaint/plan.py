@@ -39,8 +39,8 @@ CUDA_LIBRARIES = 32 * 2**20
 CUDA_RESERVE = 1 / 16
 # On the CPU: code and stacks that the first calls bring in, what the heap keeps of the small blocks
 # that were freed (at most so many times what is alive, and so many bytes), and the pictures.
-CPU_LIBRARIES = 32 * 2**20
-CPU_HEAP = (1.5, 192 * 2**20)
+CPU_LIBRARIES = 48 * 2**20
+CPU_HEAP = (2.0, 224 * 2**20)
 CANVAS = 16  # bytes a pixel the network sees: the picture and where it is blanked, from encoding on
 COPY = 28  # bytes a pixel the network sees: the picture blanked or filled, while it is encoded
 FILLING = 144  # bytes a pixel: continuing a picture into its hole, before encoding and for the colour match
@@ -56,6 +56,13 @@ class Architecture:
     vae: VAEConfig
     text: Json
     directories: dict[str, Directory]
+
+
+def blank_models(unet: UNetConfig, vae: VAEConfig, text: Json) -> dict[str, Any]:
+    """The three models on the meta device: shapes without numbers."""
+    with torch.device("meta"):
+        models = {"unet": UNet(unet), "vae": VAE(vae), "text_encoder": build_text_encoder(text)}
+    return {name: model.requires_grad_(False).eval() for name, model in models.items()}
 
 
 def split_vae(directories: dict[str, dict[str, Stored]]) -> dict[str, Directory]:
@@ -251,10 +258,10 @@ class Planner:
     def order(self, part: str) -> list[str]:
         """The layers of a network that have weights, in the order of their calls."""
         if part not in self.orders:
-            model, called = (self.unet if part == "unet" else self.text_encoder), []
+            called: list[str] = []
             hooks = [
                 module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
-                for name, module in model.named_modules()
+                for name, module in self.models[part].named_modules()
                 if module._parameters
             ]
             self._run("denoise" if part == "unet" else "text", Request(64, 64, guided=False), _Way())
@@ -264,19 +271,10 @@ class Planner:
         return self.orders[part]
 
     @cached_property
-    def unet(self) -> UNet:
-        with torch.device("meta"):
-            return UNet(self.architecture.unet).to(self.dtype)
-
-    @cached_property
-    def vae(self) -> VAE:
-        with torch.device("meta"):
-            return VAE(self.architecture.vae).to(self.dtype)
-
-    @cached_property
-    def text_encoder(self) -> nn.Module:
-        with torch.device("meta"):
-            return build_text_encoder(self.architecture.text).to(self.dtype)
+    def models(self) -> dict[str, Any]:
+        config = self.architecture
+        models = blank_models(config.unet, config.vae, config.text)
+        return {name: model.to(self.dtype) for name, model in models.items()}
 
     def _ways(self, name: str, request: Request) -> Iterator[_Way]:
         """From the fastest to the one that takes least."""
@@ -328,7 +326,7 @@ class Planner:
         """Bytes that a phase takes beside weights."""
         key = (name, name if name == "text" else request, way)
         if key not in self.measured:
-            _ = self.unet, self.vae, self.text_encoder  # made before what they take is measured
+            _ = self.models  # made before what they take is measured
             taken = measure(partial(self._run, name, request, way), self.fused).total
             if name == "denoise":
                 taken += LATENTS * request.count * LATENT_CHANNELS * 4 * request.area // self.architecture.vae.factor**2
@@ -348,19 +346,19 @@ class Planner:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=self.dtype, device="meta")
 
-        network: nn.Module = {"text": self.text_encoder, "denoise": self.unet}.get(name, self.vae)
-        set_query_rows(network, way.query_rows)
-        set_bands(self.vae, Bands(way.bands, some=True) if way.bands else None)
+        unet, vae, text_encoder = (self.models[name] for name in ("unet", "vae", "text_encoder"))
+        set_query_rows(unet if name == "denoise" else vae, way.query_rows)
+        set_bands(vae, Bands(way.bands, some=True) if way.bands else None)
         if name == "text":
-            self.text_encoder(torch.zeros(1, config.text["max_position_embeddings"], dtype=torch.long, device="meta"))
+            text_encoder(torch.zeros(1, config.text["max_position_embeddings"], dtype=torch.long, device="meta"))
         elif name == "encode":
-            self.vae.encode(empty(1, 3, request.height, request.width))
+            vae.encode(empty(1, 3, request.height, request.width))
         elif name == "decode":
-            self.vae.decode(empty(1, LATENT_CHANNELS, *small)).float()
+            vae.decode(empty(1, LATENT_CHANNELS, *small)).float()
         else:
             context = empty(way.batch, config.text["max_position_embeddings"], config.unet.context_dim)
             t = torch.zeros(way.batch, device="meta")
-            self.unet(empty(way.batch, config.unet.in_channels, *small), t, context).float()
+            unet(empty(way.batch, config.unet.in_channels, *small), t, context).float()
 
 
 def set_query_rows(model: nn.Module, rows: int | None) -> None:
