@@ -11,7 +11,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,8 +99,8 @@ def parse_budget(budget: str | int | float | None) -> int:
 
 def format_size(size: float) -> str:
     """A number of bytes for people."""
-    power = min(int(size).bit_length() // 10, 3)
-    return f"{size / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
+    power = min(int(size).bit_length() // 10, 4)
+    return f"{size / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def is_there(device: torch.device) -> bool:
@@ -263,7 +263,7 @@ def measure(work: Callable[[], object], fused: bool = True) -> Usage:
     answer is the same. A convolution may hold a copy of its operands in a layout of its own;
     such copies cannot be seen, and are added to `total`. `fused`: see `attention_is_fused`.
     """
-    with _Fused() if fused else nullcontext(), _Counter() as counter:
+    with _Attention(fused), _Counter() as counter:
         work()
     return Usage(counter.peak, counter.most)
 
@@ -301,14 +301,24 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live += size
 
 
-class _Fused(TorchFunctionMode):
-    """Attention on the meta device as the fused kernels do it: the output and a sum a row."""
+class _Attention(TorchFunctionMode):
+    """Attention on the meta device as the kernels do it.
+
+    Fused: the output and a sum a row. Otherwise with all scores, in float32
+    (aten/src/ATen/native/transformers/attention.cpp, _scaled_dot_product_attention_math).
+    """
+
+    def __init__(self, fused: bool) -> None:
+        self.fused = fused
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and args[0].is_meta:
-            torch.empty(args[0].shape[:-1], device="meta")
-            return torch.empty_like(args[0])
-        return func(*args, **(kwargs or {}))
+        if func is not F.scaled_dot_product_attention or not args[0].is_meta:
+            return func(*args, **(kwargs or {}))
+        q, k, v = args[:3]
+        if not self.fused:
+            return (torch.softmax(q.float() @ k.float().transpose(-2, -1), dim=-1) @ v.float()).to(q.dtype)
+        torch.empty(q.shape[:-1], device="meta")
+        return torch.empty_like(q)
 
 
 def _status(name: str) -> int:

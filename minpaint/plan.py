@@ -7,6 +7,7 @@ from the code. What is added to that is said at the constants below.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -356,9 +357,14 @@ class Planner:
         elif name == "decode":
             vae.decode(empty(1, LATENT_CHANNELS, *small)).float()
         else:
-            context = empty(way.batch, config.text["max_position_embeddings"], config.unet.context_dim)
-            t = torch.zeros(way.batch, device="meta")
-            unet(empty(way.batch, config.unet.in_channels, *small), t, context).float()
+            # what Run.unet does: the whole batch is there, and goes through in parts
+            tokens = config.text["max_position_embeddings"]
+            x = torch.empty((request.rows, config.unet.in_channels, *small), device="meta")
+            context = empty(request.rows, tokens, config.unet.context_dim)
+            t = torch.zeros(request.rows, device="meta")
+            parts = zip(*(torch.split(each, way.batch) for each in (x.to(self.dtype), t, context)), strict=True)
+            outputs = [unet(*part).float() for part in itertools.islice(parts, 2)]
+            torch.cat(outputs)
 
 
 def set_query_rows(model: nn.Module, rows: int | None) -> None:
@@ -369,6 +375,6 @@ def set_query_rows(model: nn.Module, rows: int | None) -> None:
 
 
 def round_up(size: int) -> str:
-    """Bytes for people who will ask for as much: never less than that."""
-    mib = -(-size // 2**20)
-    return f"{mib}MiB" if mib < 2**10 else f"{math.ceil(mib / 2**10 * 100) / 100:.2f}GiB"
+    """Bytes for people who will ask for as much: up to 16 MiB more, as what a process takes varies a little."""
+    mib = math.ceil(size / 2**20 / 8 + 1) * 8
+    return f"{mib}MiB" if mib < 2**11 else f"{math.ceil(mib / 2**10 * 100) / 100:.2f}GiB"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from minpaint.errors import CheckpointError
 from minpaint.memory import Lane, give_back, outside_inference
 from minpaint.tensorfile import FLOATS, Directory, Stored, assign, read_into, read_tensors
 
-ALIGNMENT = 256  # bytes; of a tensor in a buffer
+ALIGNMENT = 512  # bytes; the CUDA allocator's, kept in the buffers too
 SMALL = 2**16  # bytes; a layer up to this size is not worth a copy of its own
 
 
@@ -287,7 +288,12 @@ def divide(directory: Directory, dtype: torch.dtype, order: Sequence[str], room:
 
 
 def _nowhere(stored: Stored, dtype: torch.dtype) -> Tensor:
-    return torch.empty((), dtype=dtype, device="meta").expand(stored.shape)
+    return _nothing(dtype).expand(stored.shape)
+
+
+@cache
+def _nothing(dtype: torch.dtype) -> Tensor:
+    return torch.empty((), dtype=dtype, device="meta")
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:

@@ -1,0 +1,208 @@
+"""What a memory budget costs and whether it is kept, beside diffusers with each of its modes.
+
+    python -m bench.memory                                  # full-size SD 1.5 at 512 x 512, on the CPU
+    python -m bench.memory --device cuda --dtype fp16 --steps 20
+    python -m bench.memory --family small-sd1 --budgets 1GiB,2GiB    # seconds, to see that it works
+
+Every row paints the same picture from the same random weights, stored in half precision as the
+official files are: minpaint under each budget, then diffusers as it comes and with what it offers
+to save memory. On a GPU the rows run one after the other in one process and the peak is the
+allocator's, the driver's context excluded; on the CPU each has a process of its own, whose peak is
+the largest resident set, interpreter and libraries included. Ratios are to minpaint's row without
+a limit; a step is the median of all but the first. The table goes to stdout, one JSON line to
+bench/results/. Needs the test extra, 2 GB of disk and what the rows take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+import minpaint
+from bench.versus_diffusers import NEGATIVE, PROMPT, make_input, relative
+from minpaint.memory import choose_device, choose_dtype, forget_peak, format_size, give_back, peak_memory
+from weights.random_checkpoint import FAMILIES, write_checkpoint
+
+RESULTS = Path(__file__).parent / "results" / "memory.jsonl"
+UNLIMITED = "no limit"
+ON_CPU = ("plain", "slicing + VAE tiling")
+MODES = (*ON_CPU, "model offload", "group offload", "sequential offload")
+BUDGETS = {"cuda": "512MiB,1GiB,2GiB,4GiB,15GiB", "cpu": "1GiB,2GiB,15GiB"}
+
+
+def save_memory(pipe: Any, mode: str, device: torch.device) -> None:
+    """Put one of the reference's modes on a pipeline that is still on the CPU."""
+    if mode == "slicing + VAE tiling":
+        pipe.enable_attention_slicing()
+        pipe.vae.enable_slicing()
+        pipe.vae.enable_tiling()
+    if mode == "model offload":
+        pipe.enable_model_cpu_offload(device=device)
+    elif mode == "sequential offload":
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif mode == "group offload":
+        from diffusers.hooks import apply_group_offloading  # type: ignore[attr-defined]
+
+        for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+            apply_group_offloading(module, device, torch.device("cpu"), offload_type="leaf_level", use_stream=True)
+    else:
+        pipe.to(device)
+
+
+class Clock:
+    """The times at which steps end, the device's share included."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, *_: object) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    @property
+    def step(self) -> float | None:
+        steps = [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+        return statistics.median(steps) if steps else None
+
+
+def run_row(row: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """One row's figures, and its latents as a list."""
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    image, mask = make_input(options.size)
+    clock, started = Clock(), time.perf_counter()
+    forget_peak(device)
+    planned, how = None, {}
+    if row not in MODES:
+        painter = minpaint.load(folder, device, dtype, None if row == UNLIMITED else row)
+        [painting] = painter(
+            image, mask, PROMPT, negative_prompt=NEGATIVE, steps=options.steps, profile="diffusers", on_step=clock
+        )
+        latents, run = painting.latents, painter.last_run
+        assert run is not None
+        planned, how = run.plan.peak, {name: phase.how for name, phase in run.plan.phases.items()}
+    else:
+        from diffusers import StableDiffusionInpaintPipeline
+
+        pipe: Any = StableDiffusionInpaintPipeline.from_pretrained(folder, torch_dtype=dtype, variant="fp16")
+        pipe.set_progress_bar_config(disable=True)
+        save_memory(pipe, row, device)
+        kept: list[torch.Tensor] = []
+
+        def look(_pipe: object, _i: int, _t: object, values: dict[str, Any]) -> dict[str, Any]:
+            clock()
+            kept[:] = [values["latents"]]
+            return values
+
+        pipe(
+            PROMPT,
+            image,
+            mask,
+            negative_prompt=NEGATIVE,
+            num_inference_steps=options.steps,
+            height=options.size,
+            width=options.size,
+            generator=torch.Generator("cpu").manual_seed(0),
+            callback_on_step_end=look,
+        )
+        latents = kept[0][0].float().cpu()
+    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+    return {
+        "row": row,
+        "planned": planned,
+        "peak": peak_memory(device),
+        "reserved": reserved,
+        "seconds": time.perf_counter() - started,
+        "step": clock.step,
+        "how": how,
+        "latents": latents.flatten().tolist(),
+    }
+
+
+def measure(row: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A row's figures, or why there are none."""
+    if options.device.startswith("cuda"):
+        gc.collect()
+        give_back(choose_device(options.device))
+        try:
+            return run_row(row, folder, options)
+        except Exception as error:
+            return {"row": row, "error": f"{type(error).__name__}: {error}"}
+    names = ("family", "size", "steps", "device", "dtype")
+    repeated = [word for name in names for word in (f"--{name}", str(getattr(options, name)))]
+    call = [sys.executable, "-m", "bench.memory", "--row", row, "--folder", str(folder), *repeated]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"row": row, "error": (done.stderr.strip().splitlines() or ["killed"])[-1]}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--family", choices=FAMILIES, default="sd15")
+    parser.add_argument("--size", type=int, default=None, help="default: the family's own")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default=None, help="default: bf16 on the CPU, fp16 on a GPU")
+    parser.add_argument("--budgets", default=None, help=f"default: {BUDGETS}")
+    parser.add_argument("--row", default=None, help="run one row and print its figures (for this program's own use)")
+    parser.add_argument("--folder", type=Path, default=None, help="where the checkpoint is, for --row")
+    options = parser.parse_args()
+    on_gpu = options.device.startswith("cuda")
+    options.size = options.size or 8 * FAMILIES[options.family]["unet"]["sample_size"]
+    options.dtype = options.dtype or ("fp16" if on_gpu else "bf16")
+    if options.row is not None:
+        print(json.dumps(run_row(options.row, options.folder, options)))
+        return
+    budgets = (options.budgets or BUDGETS["cuda" if on_gpu else "cpu"]).split(",")
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_checkpoint(Path(name), FAMILIES[options.family], dtype=torch.float16, variant="fp16")
+        if on_gpu:
+            measure(UNLIMITED, folder, options)  # a warm-up
+        rows = [measure(row, folder, options) for row in (UNLIMITED, *budgets, *(MODES if on_gpu else ON_CPU))]
+
+    first = next(row for row in rows if "error" not in row)
+    reference = torch.tensor(first["latents"])
+    print(f"{'':32} {'planned':>10} {'peak':>10} {'planned/peak':>12} {'s':>8} {'s/step':>8} {'ratio':>6}  differs by")
+    for number, row in enumerate(rows):
+        name = f"{'minpaint' if number <= len(budgets) else 'diffusers'}, {row['row']}"
+        if "error" in row:
+            print(f"{name:32} {row['error']}")
+            continue
+        planned = format_size(row["planned"]) if row["planned"] else ""
+        share = f"{row['planned'] / row['peak']:.3f}" if row["planned"] else ""
+        step, ratio = (f"{row['step']:.3f}", f"{row['step'] / first['step']:.2f}") if row["step"] else ("", "")
+        difference = f"{relative(torch.tensor(row.pop('latents')), reference):.1e}"
+        figures = f"{planned:>10} {format_size(row['peak']):>10} {share:>12} {row['seconds']:8.1f} {step:>8} {ratio:>6}"
+        print(f"{name:32} {figures}  {difference}")
+    record = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores"
+        + (f", {torch.cuda.get_device_name()}" if on_gpu else ""),
+        "torch": torch.__version__,
+        **{name: getattr(options, name) for name in ("family", "size", "steps", "device", "dtype")},
+        "rows": rows,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The VAE in bands and attention over query rows: the numbers of the whole, for any size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minpaint.attention import Attention, attend
+from minpaint.banded import Bands, set_bands
+from minpaint.config import vae_config
+from minpaint.memory import measure
+from minpaint.plan import set_query_rows
+from minpaint.vae import VAE
+from weights.random_checkpoint import FAMILIES, randomise
+
+TOLERANCE = 1e-4
+
+
+def blank_vae(family: str) -> VAE:
+    with torch.device("meta"):
+        return VAE(vae_config(FAMILIES[family]["vae"])).requires_grad_(False)
+
+
+def make_vae(family: str, dtype: torch.dtype = torch.float32) -> VAE:
+    vae = blank_vae(family)
+    vae.load_state_dict(randomise(vae, seed=3), assign=True)
+    return vae.to(dtype).requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def vae() -> VAE:
+    return make_vae("small-sd1")
+
+
+def both(vae: VAE, bands: Bands | None, height: int, width: int, batch: int = 1) -> list[Tensor]:
+    """Mean and log variance of a picture with a bright corner, and the pixels of other latents."""
+    generator = torch.Generator().manual_seed(height * 1000 + width)
+    dtype = vae.quant_conv.weight.dtype
+    pixels = torch.rand(batch, 3, 8 * height, 8 * width, generator=generator) * 0.2
+    pixels[:, :, : 4 * height] += 0.7  # the statistics of the halves are far apart
+    latents = torch.randn(batch, 4, height, width, generator=generator)
+    set_bands(vae, bands)
+    try:
+        return [*vae.encode(pixels.to(dtype)), vae.decode(latents.to(dtype))]
+    finally:
+        set_bands(vae, None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(height=st.integers(1, 40), width=st.integers(1, 12), bands=st.integers(1, 80), batch=st.integers(1, 2))
+def test_bands_give_the_numbers_of_the_whole(vae: VAE, height: int, width: int, bands: int, batch: int) -> None:
+    whole, banded = both(vae, None, height, width, batch), both(vae, Bands(bands), height, width, batch)
+    assert [x.shape for x in whole] == [x.shape for x in banded]
+    assert max(relative_error(a, b) for a, b in zip(banded, whole, strict=True)) < TOLERANCE
+
+
+def test_tiles_with_statistics_of_their_own_would_fail() -> None:
+    """The control: the tolerance is far below what a group norm per band does to the same picture."""
+    vae = make_vae("small-sd1")
+    latents = torch.randn(1, 4, 32, 8)
+    latents[:, :, :16] *= 3
+    whole = vae.decode(latents)
+    tiles = torch.cat([vae.decode(half) for half in latents.chunk(2, dim=2)], dim=2)
+    assert relative_error(tiles, whole) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bands_in_half_precision_are_no_farther_from_float32_than_the_whole(dtype: torch.dtype) -> None:
+    exact = both(make_vae("small-sd1"), None, 24, 16)
+    half = make_vae("small-sd1", dtype)
+    for whole, banded, true in zip(both(half, None, 24, 16), both(half, Bands(16), 24, 16), exact, strict=True):
+        assert banded.dtype == dtype
+        assert relative_error(banded, true) < 1.2 * relative_error(whole, true)
+
+
+def test_bands_hold_one_feature_map_and_the_whole_several() -> None:
+    vae = blank_vae("sd15").half()
+    latents = torch.empty(1, 4, 128, 128, dtype=torch.half, device="meta")
+    largest = 128 * 1024 * 1024 * 2  # bytes of 128 channels at full size
+    whole = measure(lambda: vae.decode(latents)).live
+    set_bands(vae, Bands(64, some=True))
+    banded = measure(lambda: vae.decode(latents)).live
+    assert banded < 2 * largest < whole / 2
+
+
+def test_some_bands_take_the_memory_of_all() -> None:
+    """Planning makes few bands only; what it finds is what all of them take."""
+    vae = blank_vae("small-sd1")
+    found = {}
+    for some in (False, True):
+        set_bands(vae, Bands(16, some))
+        decoded = measure(lambda: vae.decode(torch.empty(1, 4, 64, 64, device="meta")))
+        found[some] = decoded, measure(lambda: vae.encode(torch.empty(1, 3, 512, 512, device="meta")))
+    assert found[True] == found[False]
+
+
+@given(n=st.integers(1, 70), m=st.integers(1, 40), rows=st.integers(1, 80))
+@settings(max_examples=40, deadline=None)
+def test_query_rows_do_not_change_attention(n: int, m: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    q, k, v = (torch.randn(2, 3, length, 16, generator=generator) for length in (n, m, m))
+    assert relative_error(attend(q, k, v, rows), attend(q, k, v)) < 1e-6
+
+
+def test_query_rows_reach_every_attention_and_bound_its_scores() -> None:
+    vae = blank_vae("sd15")
+    features = torch.empty(1, 512, 64, 64, device="meta")
+    scores = 4096 * 4096 * 4  # bytes
+    assert measure(lambda: vae.decoder.mid_block(features), fused=False).live > scores
+    set_query_rows(vae, 128)
+    assert {module.query_rows for module in vae.modules() if isinstance(module, Attention)} == {128}
+    assert measure(lambda: vae.decoder.mid_block(features), fused=False).live < scores
