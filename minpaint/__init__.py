@@ -44,6 +44,9 @@ def load(
         config: a folder in diffusers layout whose configurations and tokenizer describe a
             single file; without it the architecture is told from the tensors' shapes.
 
+    All weights are read and checked here if the budget can hold them together; if not, when they
+    are needed.
+
     Raises:
         InputError: an argument that cannot be used. CheckpointError: weights or configurations
             that are missing, damaged or not supported. BudgetError: the budget cannot hold even

@@ -254,7 +254,7 @@ def _plan(options: argparse.Namespace) -> None:
         planner = Planner(outline(options.model, dtype_name(dtype) == "fp16", options.config), device, dtype)
     factor, native = planner.architecture.vae.factor, planner.architecture.unet.sample_size
     width, height = (-(-int(side) // factor) * factor for side in size.groups())
-    request = Request(width, height, settings.count, settings.guidance > 1)
+    request = Request(width, height, settings.count, settings.guidance > 1, again=False)
     base = used_memory(device)
     plan = planner.choose(request, budget, base)
     smallest, largest = planner.least(request, base), planner.largest(request, budget, base)

@@ -165,8 +165,9 @@ class Painter:
         sizes = [view.size for view in self.views(frame, settings)]
         width, height = (-(-side // factor) * factor for side in max(sizes, key=lambda size: size[0] * size[1]))
         pixels = frame.original.width * frame.original.height
-        starts = settings.count if len(sizes) > 1 else 1
-        return Request(width, height, settings.count, settings.guidance > 1, starts, pixels)
+        parts = len(sizes) > 1
+        starts, again = settings.count if parts else 1, parts or self.machine.settled
+        return Request(width, height, settings.count, settings.guidance > 1, starts, pixels, again)
 
     def canvas(self, frame: Frame, settings: Settings, view: View, pictures: list[Image.Image]) -> Canvas:
         """What the network works on for one part of the pictures."""
@@ -345,7 +346,7 @@ def open_painter(
     budget: str | int | None,
     config: str | Path | None,
 ) -> Painter:
-    """`minpaint.load` without the weights, which come when they are first needed."""
+    """`minpaint.load` for a single painting: the weights come for their phase, and go."""
     place = choose_device(device)
     number_format = choose_dtype(dtype, place)
     size = choose_budget(budget, place)

@@ -34,7 +34,9 @@ class Machine:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, budget: int) -> None:
         self.checkpoint, self.device, self.dtype, self.budget = checkpoint, device, dtype, budget
-        self.planner = Planner(checkpoint.architecture, device, dtype)
+        self.planners: dict[torch.dtype, Planner] = {}
+        self.now: Phase | None = None  # what the networks are set up for
+        self.settled = False
         vae, directories = checkpoint.vae, checkpoint.architecture.directories
         models: dict[str, tuple[str, nn.Module, list[nn.Module]]] = {
             "text_encoder": ("text_encoder", checkpoint.text_encoder, [checkpoint.text_encoder]),
@@ -46,6 +48,16 @@ class Machine:
             key: Part(name, model, roots, directories[key], device, dtype, self.need)
             for key, (name, model, roots) in models.items()
         }
+
+    @property
+    def planner(self) -> Planner:
+        """The planner for the networks' own number format."""
+        return self.planner_in(self.dtype)
+
+    def planner_in(self, dtype: torch.dtype) -> Planner:
+        if dtype not in self.planners:
+            self.planners[dtype] = Planner(self.checkpoint.architecture, self.device, dtype)
+        return self.planners[dtype]
 
     @property
     def base(self) -> int:
@@ -60,14 +72,33 @@ class Machine:
         Raises:
             BudgetError: the budget cannot hold even the smallest run.
         """
+        self.settled = True
         base, factor = self.base, self.checkpoint.architecture.vae.factor
-        self.planner.choose(Request(factor, factor, guided=False), self.budget, base)
-        if base + sum(part.size for part in self.parts.values()) <= self.budget:
-            for part in self.parts.values():
-                part.come()
+        if base + sum(part.size for part in self.parts.values()) > self.budget:
+            self.planner.choose(Request(factor, factor, guided=False), self.budget, base)
+            return
+        for part in self.parts.values():
+            part.come()
+
+    def set_up(self, phase: Phase, alone: bool) -> None:
+        """Bring a phase's network in, ready to run as the phase says; alone: send the others away."""
+        if self.now is phase:
+            return
+        self.now = None
+        give_back(self.device)
+        part = self.parts[PHASES[phase.name]]
+        for other in self.parts.values():
+            if alone and other is not part:
+                other.go()
+        part.come(phase.division)
+        part.convert(phase.dtype)
+        set_query_rows(part.model, phase.query_rows)
+        set_bands(self.checkpoint.vae, Bands(phase.bands) if phase.bands else None)
+        self.now = phase
 
     def need(self, part: Part) -> None:
         """Bring a network in for a call from outside a run, where there is no room in place of others."""
+        self.now = None
         if self.base + part.size + sum(other.held for other in self.parts.values()) > self.budget:
             for other in self.parts.values():
                 other.go()
@@ -85,7 +116,6 @@ class Run:
         self.machine, self.request, self.device = machine, request, machine.device
         self.plan = machine.planner.choose(request, machine.budget, machine.base)
         self.fallen_back = False
-        self.phase = ""
         forget_peak(self.device)
 
     @property
@@ -128,7 +158,9 @@ class Run:
         try:
             pictures = [self._do(name, one(row), dtype) for row in x]
         finally:
-            self.machine.parts[PHASES[name]].convert(self.machine.dtype)
+            if dtype != self.machine.dtype:
+                self.machine.parts[PHASES[name]].convert(self.machine.dtype)
+                self.machine.now = None
         return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
 
     def _do(self, name: str, call: Callable[[Phase], Tensor], dtype: torch.dtype) -> Tensor:
@@ -152,23 +184,12 @@ class Run:
         )
 
     def _attempt(self, name: str, call: Callable[[Phase], Tensor], dtype: torch.dtype) -> Tensor:
-        machine, phase = self.machine, self.plan.phases[name]
+        phase = self.plan.phases[name]
         if dtype != phase.dtype:
-            planner = Planner(machine.checkpoint.architecture, self.device, dtype)
+            planner = self.machine.planner_in(dtype)
             phase = planner.phase(name, self.request, self.plan.budget, self.plan.base)
-        if name != self.phase:
-            self.phase = name
-            give_back(self.device)
-        with capped(self.device, machine.budget):
-            part = machine.parts[PHASES[name]]
-            if not self.plan.resident:
-                for other in machine.parts.values():
-                    if other is not part:
-                        other.go()
-            part.come(phase.division)
-            part.convert(phase.dtype)
-            set_query_rows(part.model, phase.query_rows)
-            set_bands(machine.checkpoint.vae, Bands(phase.bands) if phase.bands else None)
+        with capped(self.device, self.machine.budget):
+            self.machine.set_up(phase, alone=not self.plan.resident)
             return call(phase)
 
     def _fall_back(self, name: str) -> None:

@@ -83,7 +83,8 @@ class Request:
     """What is to be painted: the size the network works at, in pixels, how many, and with guidance or not.
 
     starts: how many different pictures the paintings start from. pixels: of the whole picture, of
-    which the network sees perhaps a part.
+    which the network sees perhaps a part. again: whether the networks will be needed once more
+    after the run's last phase, and had better stay.
     """
 
     width: int
@@ -92,6 +93,7 @@ class Request:
     guided: bool = True
     starts: int = 1
     pixels: int = 0
+    again: bool = True
 
     @property
     def area(self) -> int:
@@ -196,9 +198,9 @@ class Planner:
     def choose(self, request: Request, budget: int, base: int) -> Plan:
         """The fastest plan that fits.
 
-        All networks stay if everything fits beside them without being split. Otherwise each comes
-        for its phase, which is done in the first way that fits: with all the weights in, then
-        with weights that flow, each time in ever smaller batches or bands.
+        All networks stay if they are needed again and everything fits beside them without being
+        split. Otherwise each comes for its phase, which is done in the first way that fits: with
+        all the weights in, then with weights that flow, each time in ever smaller batches or bands.
 
         Raises:
             BudgetError: none fits; it names the smallest budget that does.
@@ -208,7 +210,7 @@ class Planner:
         for name in PHASES:
             way = next(self._ways(name, request))
             phases.append(self._phase(name, request, way, together - self._size(name), base))
-        if any(phase.peak > budget for phase in phases):
+        if not request.again or any(phase.peak > budget for phase in phases):
             phases = [self.phase(name, request, budget, base) for name in PHASES]
         return Plan(budget, base, {phase.name: phase for phase in phases})
 
@@ -294,7 +296,7 @@ class Planner:
         """The last of a phase's ways; a small picture may take less whole than in bands."""
         ways, flowing = list(self._ways(name, request)), 0 if PHASES[name] in FLOWING else None
         return min(
-            (self._phase(name, request, way, 0, base, flowing) for way in {ways[0]: 0, ways[-1]: 0}),
+            (self._phase(name, request, way, 0, base, flowing) for way in {ways[0], ways[-1]}),
             key=lambda phase: phase.peak,
         )
 

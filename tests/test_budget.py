@@ -55,6 +55,13 @@ def without_base(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "used_memory", lambda device: 0)
 
 
+def reopened(folder: Path, dtype: str) -> Painter:
+    """A painter whose networks are out, but would stay if there is room."""
+    ours = open_painter(folder, "cpu", dtype, None, None)
+    ours.machine.settled = True
+    return ours
+
+
 def budgets_of(ours: Painter, request: Request) -> list[int]:
     """Seven budgets from the smallest that can hold a run to one without limit."""
     planner = ours.machine.planner
@@ -110,6 +117,16 @@ def test_more_memory_never_plans_less_speed() -> None:
         before = ease
 
 
+def test_for_one_painting_no_network_stays(checkpoint: Folders) -> None:
+    """As the command line paints: every network would come once anyway."""
+    ours = open_painter(checkpoint("small-sd1"), "cpu", "fp32", None, None)
+    ours(make_picture(), make_mask(), "a dog", steps=1)
+    assert {name for name, part in ours.machine.parts.items() if part.held} == {"decoder"}
+    ours = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32")
+    ours(make_picture(), make_mask(), "a dog", steps=1)
+    assert {name for name, part in ours.machine.parts.items() if part.held} == set(PHASES.values())
+
+
 def test_the_smallest_budget_is_the_smallest() -> None:
     planner = Planner(architecture("sd15"), torch.device("cuda"), torch.float16)
     request = Request(512, 512)
@@ -162,11 +179,11 @@ def test_weights_that_stay_and_flow_are_all_weights_once(room: int) -> None:
 def test_any_budget_gives_the_same_picture(checkpoint: Folders, family: str, dtype: str, levels: int) -> None:
     picture, mask = make_picture(96, 64), make_mask(96, 64)
     call = {"steps": 3, "count": 2, "eta": 0.5, "seed": 3}
-    ours = open_painter(checkpoint(family), "cpu", dtype, None, None)
+    ours = reopened(checkpoint(family), dtype)
     request = ours.request(open_frame(picture, mask, Settings("")), Settings("", count=2))
     seen: dict[tuple[str, ...], list[Image.Image]] = {}
     for budget in budgets_of(ours, request):
-        ours = open_painter(checkpoint(family), "cpu", dtype, None, None)
+        ours = reopened(checkpoint(family), dtype)
         ours.machine.budget = budget
         images = [painting.image for painting in ours(picture, mask, "a dog", **call)]
         assert ours.last_run is not None
@@ -184,9 +201,9 @@ def test_what_a_run_takes_is_what_was_planned(checkpoint: Folders, family: str, 
     """The live bytes of a real run: within 10 % of the prediction, never above. (Files are fp32, none is mapped.)"""
     picture, mask, settings = make_picture(64, 64), make_mask(64, 64), Settings("a dog", steps=1, count=2)
     frame = open_frame(picture, mask, settings)
-    ours = open_painter(checkpoint(family), "cpu", dtype, None, None)
+    ours = reopened(checkpoint(family), dtype)
     for budget in budgets_of(ours, ours.request(frame, settings))[::2]:
-        ours = open_painter(checkpoint(family), "cpu", dtype, None, None)
+        ours = reopened(checkpoint(family), dtype)
         ours.machine.budget = budget
         ours.machine.planner.choose(ours.request(frame, settings), budget, 0)  # measures on the meta device
         taken = measure(lambda ours=ours: ours.paint(frame, settings)).total
@@ -399,7 +416,7 @@ def test_plan_prints_a_table_or_json(checkpoint: Folders, capsys: pytest.Capture
     assert main(call) == 0
     out = capsys.readouterr().out
     for phase in PHASES:
-        assert re.search(rf"^{phase} .*with the others", out, re.MULTILINE)
+        assert re.search(rf"^{phase} .* alone", out, re.MULTILINE)
     assert "at 104x64, count 1, fp16 on cuda" in out
     assert "smallest budget" in out
     assert "largest picture" in out
