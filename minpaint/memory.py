@@ -111,11 +111,13 @@ def is_there(device: torch.device) -> bool:
 def choose_budget(budget: str | int | float | None, device: torch.device) -> int:
     """The budget in bytes, or what the device has if that is less; then a budget given is said to be cut.
 
-    A device that is not there has whatever is asked for.
+    The default comes on top of what the process holds already: nobody has said that this is too
+    much. A device that is not there has whatever is asked for.
     """
     if not is_there(device):
         return parse_budget(budget)
-    wanted, there = parse_budget(budget), used_memory(device) + free_memory(device)
+    used = used_memory(device)
+    wanted, there = parse_budget(budget) + (used if budget is None else 0), used + free_memory(device)
     if wanted > there and budget is not None:
         told = f"budget {format_size(wanted)} is more than {device} has free; keeping to {format_size(there)}"
         warnings.warn(told, MinpaintWarning, stacklevel=3)

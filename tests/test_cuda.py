@@ -11,7 +11,10 @@ from conftest import SMALL_FAMILIES, largest_level_difference, relative_error
 from PIL import Image
 
 import minpaint
-from minpaint.inpaint import Painter
+from minpaint.inpaint import Painter, open_frame, open_painter
+from minpaint.memory import capped, give_back, is_out_of_memory, used_memory
+from minpaint.residency import divide
+from minpaint.settings import Settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
 
@@ -66,3 +69,51 @@ def test_nan_is_noticed_at_the_end_of_the_loop(
     ours.unet.conv_out.bias.data = torch.full_like(ours.unet.conv_out.bias, float("nan"))
     with pytest.raises(minpaint.MinpaintError, match="UNet gave NaN"):
         ours(picture, mask, "a dog", steps=2)
+
+
+def test_any_budget_is_kept_and_gives_the_same_picture(
+    checkpoint: Callable[[str], Path], picture: Image.Image, mask: Image.Image
+) -> None:
+    settings = Settings("a dog", steps=4, eta=0.5, count=2)
+    frame, seen = open_frame(picture, mask, settings), {}
+    probe = open_painter(checkpoint("small-sd2"), "cuda", "fp16", None, None)
+    request, base = probe.request(frame, settings), probe.machine.base
+    least = probe.machine.planner.least(request, base)
+    most = probe.machine.planner.choose(request, 2**50, base).peak
+    for share in (0, 0.2, 0.4, 0.6, 0.8, 1, 100):
+        budget = int(least + share * (most - least))
+        ours = open_painter(checkpoint("small-sd2"), "cuda", "fp16", budget, None)
+        images = [painting.image for painting in ours.paint(frame, settings)]
+        assert ours.last_run is not None
+        assert ours.last_run.measured <= ours.last_run.plan.peak <= budget
+        seen[tuple(phase.how for phase in ours.last_run.plan.phases.values())] = images
+    assert len(seen) >= 4
+    *_, unlimited = seen.values()
+    for images in seen.values():
+        assert max(map(largest_level_difference, images, unlimited)) <= 2
+
+
+def test_the_allocator_refuses_to_go_beyond_the_budget() -> None:
+    device = torch.device("cuda")
+    give_back(device)
+    with capped(device, used_memory(device) + 64 * 2**20), pytest.raises(torch.cuda.OutOfMemoryError) as caught:
+        torch.empty(128 * 2**20, dtype=torch.uint8, device=device)
+    assert is_out_of_memory(caught.value)
+    torch.empty(128 * 2**20, dtype=torch.uint8, device=device)  # and afterwards it may again
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_weights_that_flow_over_a_stream_of_their_own_are_the_files(
+    checkpoint: Callable[[str], Path], dtype: str
+) -> None:
+    resident = minpaint.load(checkpoint("small-sd2"), "cuda", dtype)
+    flowing = open_painter(checkpoint("small-sd2"), "cuda", dtype, None, None)
+    part = flowing.machine.parts["unet"]
+    part.come(divide(part.directory, part.dtype, flowing.machine.planner.order("unet"), 0))
+    assert part.flow is not None
+    x, context = (torch.randn(size, device="cuda", dtype=part.dtype) for size in ((2, 9, 32, 32), (2, 77, 64)))
+    t = torch.tensor([5, 9], device="cuda")
+    with torch.inference_mode():
+        expected = resident.unet(x, t, context)
+        for _ in range(10):
+            assert torch.equal(flowing.unet(x, t, context), expected)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import gc
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import make_mask, make_picture, relative_error
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from minpaint.config import unet_config, vae_config
+from minpaint.inpaint import open_frame, open_painter
+from minpaint.memory import measure, used_memory
+from minpaint.settings import Settings
 from minpaint.unet import UNet
 from minpaint.vae import VAE
-from weights.random_checkpoint import FAMILIES, randomise
+from weights.random_checkpoint import FAMILIES, randomise, write_checkpoint
 
 pytestmark = pytest.mark.full_size
 TOLERANCE = 2e-5
@@ -65,6 +69,23 @@ def test_vae_equals_the_reference_at_full_size() -> None:
         errors.append(relative_error(ours.decode(latents), reference.decode(latents).sample))
     print(f"VAE at 384 x 256 differs by {errors}")
     assert max(errors) < TOLERANCE
+
+
+def test_a_run_at_full_size_takes_what_was_planned(tmp_path: Path) -> None:
+    """From files in half precision as the official ones, so that no weight is mapped and none uncounted."""
+    folder = write_checkpoint(tmp_path, FAMILIES["sd15"], dtype=torch.float16, variant="fp16")
+    settings = Settings("two dogs on a bench", steps=1)
+    frame = open_frame(make_picture(256, 256), make_mask(256, 256), settings)
+    for budget in (None, used_memory(torch.device("cpu")) + 1000 * 2**20):
+        ours = open_painter(folder, "cpu", "bf16", budget, None)
+        ours.machine.planner.choose(ours.request(frame, settings), 2**50, 0)  # measured once, on the meta device
+        taken = measure(partial(ours.paint, frame, settings)).total
+        assert ours.last_run is not None
+        plan = ours.last_run.plan
+        planned = max(phase.weights + phase.others + phase.working for phase in plan.phases.values())
+        print(f"{plan.phases['denoise'].how}: planned {planned / 2**20:.1f} MiB, taken {taken / 2**20:.1f} MiB")
+        assert (plan.phases["denoise"].division is None) == (budget is None)
+        assert 0.9 * planned <= taken <= planned
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd2"])
