@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from minpaint.canvas import Canvas, View, choose_views, reference_canvas
 from minpaint.checkpoint import Checkpoint, build, describe
@@ -67,7 +67,7 @@ class Painter:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, budget: int) -> None:
-        self.unet = checkpoint.unet
+        self.unet: nn.Module = checkpoint.unet
         self.vae = checkpoint.vae
         self.text_encoder = checkpoint.text_encoder
         self.tokenizer = checkpoint.tokenizer
@@ -157,7 +157,8 @@ class Painter:
         views = self.views(frame, settings)
         if settings.profile == "diffusers":
             self.canvas(frame, settings, views[0], [frame.original])  # may be too small for it
-        return Job(settings, frame, views, sampler, schedule, Run(self.machine, self.request(frame, settings)))
+        run = Run(self.machine, self.request(frame, settings), self)
+        return Job(settings, frame, views, sampler, schedule, run)
 
     def request(self, frame: Frame, settings: Settings) -> Request:
         """What a painting asks of memory: the largest of its parts decides."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,18 @@ from minpaint.memory import (
 from minpaint.plan import PHASES, Phase, Planner, Request, set_query_rows
 from minpaint.residency import Part
 from minpaint.text import encode_prompt
+from minpaint.vae import VAE
 
 SMALLER = 3 / 4  # of what a phase was planned with, when the device turns out fuller than it was
+
+
+class Networks(Protocol):
+    """What a run calls: a painter, whose networks somebody may have replaced."""
+
+    unet: nn.Module
+    vae: VAE
+    text_encoder: nn.Module
+    tokenizer: Any
 
 
 class Machine:
@@ -112,8 +123,8 @@ class Run:
         BudgetError: there is no way to keep within the budget.
     """
 
-    def __init__(self, machine: Machine, request: Request) -> None:
-        self.machine, self.request, self.device = machine, request, machine.device
+    def __init__(self, machine: Machine, request: Request, networks: Networks) -> None:
+        self.machine, self.request, self.networks, self.device = machine, request, networks, machine.device
         self.plan = machine.planner.choose(request, machine.budget, machine.base)
         self.fallen_back = False
         forget_peak(self.device)
@@ -125,18 +136,17 @@ class Run:
 
     def embed(self, prompt: str) -> Tensor:
         """A prompt's embeddings, [1, 77, D]."""
-        checkpoint = self.machine.checkpoint
-        tokenizer, text_encoder = checkpoint.tokenizer, checkpoint.text_encoder
+        tokenizer, text_encoder = self.networks.tokenizer, self.networks.text_encoder
         return self._do("text", lambda phase: encode_prompt(tokenizer, text_encoder, prompt), self.machine.dtype)
 
     def encode(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """Pixels [n, 3, Y, X] -> the VAE's mean and log variance, [n, 8, y, x] float32 on the device."""
-        vae = self.machine.checkpoint.vae
+        vae = self.networks.vae
         return self._vae("encode", lambda x: torch.cat(vae.encode(x), dim=1).float(), pixels, dtype)
 
     def decode(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
         """Unscaled latents [n, 4, y, x] -> pixels [n, 3, Y, X] float32, on the CPU, where pictures are."""
-        vae = self.machine.checkpoint.vae
+        vae = self.networks.vae
         return self._vae("decode", lambda z: vae.decode(z).cpu().float(), latents, dtype)
 
     def unet(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -144,7 +154,7 @@ class Run:
 
         def call(phase: Phase) -> Tensor:
             batches = (torch.split(tensor, phase.batch) for tensor in (x.to(phase.dtype), t, context))
-            outputs = [self.machine.checkpoint.unet(*batch).float() for batch in zip(*batches, strict=True)]
+            outputs = [self.networks.unet(*batch).float() for batch in zip(*batches, strict=True)]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
         return self._do("denoise", call, self.machine.dtype)

@@ -55,10 +55,12 @@ def without_base(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "used_memory", lambda device: 0)
 
 
-def reopened(folder: Path, dtype: str) -> Painter:
-    """A painter whose networks are out, but would stay if there is room."""
+def reopened(folder: Path, dtype: str, like: Painter | None = None) -> Painter:
+    """A painter whose networks are out, but would stay if there is room; `like` has measured already."""
     ours = open_painter(folder, "cpu", dtype, None, None)
     ours.machine.settled = True
+    if like is not None:
+        ours.machine.planners = like.machine.planners
     return ours
 
 
@@ -179,11 +181,11 @@ def test_weights_that_stay_and_flow_are_all_weights_once(room: int) -> None:
 def test_any_budget_gives_the_same_picture(checkpoint: Folders, family: str, dtype: str, levels: int) -> None:
     picture, mask = make_picture(96, 64), make_mask(96, 64)
     call = {"steps": 3, "count": 2, "eta": 0.5, "seed": 3}
-    ours = reopened(checkpoint(family), dtype)
-    request = ours.request(open_frame(picture, mask, Settings("")), Settings("", count=2))
+    first = reopened(checkpoint(family), dtype)
+    request = first.request(open_frame(picture, mask, Settings("")), Settings("", count=2))
     seen: dict[tuple[str, ...], list[Image.Image]] = {}
-    for budget in budgets_of(ours, request):
-        ours = reopened(checkpoint(family), dtype)
+    for budget in budgets_of(first, request):
+        ours = reopened(checkpoint(family), dtype, first)
         ours.machine.budget = budget
         images = [painting.image for painting in ours(picture, mask, "a dog", **call)]
         assert ours.last_run is not None
@@ -201,11 +203,12 @@ def test_what_a_run_takes_is_what_was_planned(checkpoint: Folders, family: str, 
     """The live bytes of a real run: within 10 % of the prediction, never above. (Files are fp32, none is mapped.)"""
     picture, mask, settings = make_picture(64, 64), make_mask(64, 64), Settings("a dog", steps=1, count=2)
     frame = open_frame(picture, mask, settings)
-    ours = reopened(checkpoint(family), dtype)
-    for budget in budgets_of(ours, ours.request(frame, settings))[::2]:
-        ours = reopened(checkpoint(family), dtype)
+    first = reopened(checkpoint(family), dtype)
+    request = first.request(frame, settings)
+    for budget in budgets_of(first, request)[::2]:
+        ours = reopened(checkpoint(family), dtype, first)
         ours.machine.budget = budget
-        ours.machine.planner.choose(ours.request(frame, settings), budget, 0)  # measures on the meta device
+        ours.machine.planner.choose(request, budget, 0)  # measures on the meta device, out of what is counted
         taken = measure(lambda ours=ours: ours.paint(frame, settings)).total
         assert ours.last_run is not None
         phases = ours.last_run.plan.phases.values()
@@ -387,6 +390,20 @@ def test_weights_somebody_changed_are_not_lost(checkpoint: Folders) -> None:
     assert ours.last_run is not None
     assert not ours.last_run.plan.resident
     assert torch.equal(ours.vae.decode(torch.ones(1, 4, 8, 8)), before)
+
+
+def test_a_network_put_in_the_place_of_ours_is_the_one_that_runs(checkpoint: Folders) -> None:
+    class Zero(torch.nn.Module):
+        calls = 0
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            Zero.calls += 1
+            return torch.zeros_like(x[:, :4])
+
+    ours = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32")
+    ours.unet = Zero()
+    ours(make_picture(), make_mask(), "a dog", steps=3)
+    assert Zero.calls == 3
 
 
 def test_many_paintings_take_no_more_than_few(checkpoint: Folders, capsys: pytest.CaptureFixture[str]) -> None:
