@@ -19,7 +19,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,7 +33,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 import minpaint
-from bench.versus_diffusers import NEGATIVE, PROMPT, make_input, relative
+from bench.versus_diffusers import NEGATIVE, PROMPT, append, make_input, relative
 from minpaint.inpaint import open_painter
 from minpaint.memory import choose_device, choose_dtype, forget_peak, format_size, give_back, peak_memory
 from weights.random_checkpoint import FAMILIES, write_checkpoint
@@ -44,6 +43,7 @@ UNLIMITED = "no limit"
 ONCE = "one painting"  # no limit either, but as the command line does it: no network stays for a second one
 ON_CPU = ("plain", "slicing + VAE tiling")
 MODES = (*ON_CPU, "model offload", "group offload", "sequential offload")
+REPEATED = ("family", "size", "steps", "device", "dtype")  # options of a row that runs on its own
 BUDGETS = {"cuda": "512MiB,1GiB,2GiB,4GiB,15GiB", "cpu": "1GiB,2GiB,15GiB"}
 
 
@@ -147,8 +147,7 @@ def measure(row: str, folder: Path, options: argparse.Namespace) -> dict[str, An
             return run_row(row, folder, options)
         except Exception as error:
             return {"row": row, "error": f"{type(error).__name__}: {error}"}
-    names = ("family", "size", "steps", "device", "dtype")
-    repeated = [word for name in names for word in (f"--{name}", str(getattr(options, name)))]
+    repeated = [word for name in REPEATED for word in (f"--{name}", str(getattr(options, name)))]
     call = [sys.executable, "-m", "bench.memory", "--row", row, "--folder", str(folder), *repeated]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -194,17 +193,7 @@ def main() -> None:
         difference = f"{relative(torch.tensor(row.pop('latents')), reference):.1e}"
         figures = f"{planned:>10} {format_size(row['peak']):>10} {share:>12} {row['seconds']:8.1f} {step:>8} {ratio:>6}"
         print(f"{name:32} {figures}  {difference}")
-    record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores"
-        + (f", {torch.cuda.get_device_name()}" if on_gpu else ""),
-        "torch": torch.__version__,
-        **{name: getattr(options, name) for name in ("family", "size", "steps", "device", "dtype")},
-        "rows": rows,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    append(RESULTS, {name: getattr(options, name) for name in REPEATED} | {"rows": rows})
 
 
 if __name__ == "__main__":

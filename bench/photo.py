@@ -13,18 +13,14 @@ One JSON line goes to bench/results/.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 
 import minpaint
-from bench.versus_diffusers import alternate, timed
+from bench.versus_diffusers import alternate, append, timed
 from minpaint.inpaint import open_frame
 from minpaint.memory import choose_device, choose_dtype
 from minpaint.saving import save
@@ -83,10 +79,7 @@ def main() -> None:
     print(f"photo of {PHOTO[0]}x{PHOTO[1]}: {row['photo']:.2f} s; picture of {native}x{native}: {row['small']:.2f} s")
     print(f"ratio {row['ratio']:.3f} ({row['spread'][0]:.3f}..{row['spread'][1]:.3f}); the same pixels: {same}")
     print(f"reading {reading:.1f} s, writing {writing:.1f} s; {receipt}")
-    record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
+    figures = {
         **vars(options),
         **row,
         "same": same,
@@ -94,9 +87,7 @@ def main() -> None:
         "writing": writing,
         "changed": receipt.changed,
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    append(RESULTS, figures)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,16 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def append(results: Path, figures: dict[str, Any]) -> None:
+    """One JSON line more: the figures, and when and where they were taken."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores{gpu}"
+    results.parent.mkdir(exist_ok=True)
+    with results.open("a", encoding="utf-8") as file:
+        record = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "torch": torch.__version__, **figures}
+        file.write(json.dumps(record) + "\n")
+
+
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     """All rows, by name."""
     rows = {name: alternate(in_a_process(a), in_a_process(b), options.rounds) for name, (a, b) in IMPORTS.items()}
@@ -177,17 +187,7 @@ def main() -> None:
         difference = f"{row['difference']:.1e}" if "difference" in row else ""
         figures = f"{row['ours']:11.3f} {row['diffusers']:11.3f} {row['ratio']:7.2f}"
         print(f"{name:28} {figures}   {spread:>12}   {difference}")
-    record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores"
-        + (f", {torch.cuda.get_device_name()}" if options.device.startswith("cuda") else ""),
-        "torch": torch.__version__,
-        **vars(options),
-        "rows": rows,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    append(RESULTS, vars(options) | {"rows": rows})
 
 
 if __name__ == "__main__":
