@@ -154,6 +154,7 @@ def free_memory(device: torch.device) -> int:
 def forget_peak(device: torch.device) -> None:
     """Start measuring `peak_memory` anew, where the system lets us."""
     if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):  # then the peak is that since the process began
@@ -182,18 +183,20 @@ def capped(device: torch.device, budget: int) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    total = torch.cuda.mem_get_info(device)[1]
-    torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0), device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.mem_get_info(index)[1]
+    torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that an allocation was refused."""
+    refusals = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        isinstance(error, RuntimeError) and any(refusal in str(error) for refusal in refusals)
     )
 
 

@@ -187,6 +187,8 @@ class Flow:
             hook.remove()
         with suppress(CheckpointError):  # of a chunk that nobody needs any more
             self._wait()
+        for mark in self.sent:  # the buffers must not be freed under a copy
+            self.lane.finish(mark)
         self.thread.shutdown()
         self._hide()
 
