@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from minpaint.checkpoint import outline
 from minpaint.config import text_config, unet_config, vae_config
 from minpaint.errors import MinpaintWarning
 from minpaint.inpaint import Painter, open_frame, open_painter
-from minpaint.memory import choose_budget, give_back, is_out_of_memory, measure, used_memory
+from minpaint.memory import capped, choose_budget, give_back, is_out_of_memory, measure, used_memory
 from minpaint.plan import PHASES, Architecture, Planner, Request, blank_models, split_vae
 from minpaint.residency import divide
 from minpaint.settings import Settings
@@ -365,6 +367,64 @@ def test_flowing_weights_are_the_files(
     mine.go()
     assert mine.held == 0
     assert all(parameter.is_meta for parameter in mine.model.parameters())
+
+
+class SlowLane:
+    """A GPU's copies as far as a CPU can show them: a buffer on either side, filled late and by somebody else."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = ThreadPoolExecutor(1)
+        self.copies = 0
+
+    def buffers(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+
+    def mark(self) -> None:
+        """On the CPU all work is done when the next begins."""
+
+    def send(self, here: torch.Tensor, there: torch.Tensor, after: None) -> Future[None]:
+        def copy() -> None:
+            time.sleep(0.002)
+            there.copy_(here)
+            self.copies += 1
+
+        return self.stream.submit(copy)
+
+    def wait(self, mark: Future[None] | None) -> None:
+        if mark is not None:
+            mark.result()
+
+    finish = wait
+
+
+def test_flowing_weights_wait_for_a_stream_of_copies(checkpoint: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "Lane", SlowLane)
+    resident = minpaint.load(checkpoint("small-sd2"), "cpu", "bf16")
+    flowing = open_painter(checkpoint("small-sd2"), "cpu", "bf16", None, None)
+    part = flowing.machine.parts["unet"]
+    part.come(divide(part.directory, part.dtype, flowing.machine.planner.order("unet"), 0))
+    assert part.flow is not None
+    x, context = (torch.randn(size).bfloat16() for size in ((2, 9, 8, 8), (2, 77, 64)))
+    t = torch.tensor([5, 9])
+    expected = resident.unet(x, t, context)
+    for _ in range(3):
+        assert torch.equal(flowing.unet(x, t, context), expected)
+    assert part.flow.lane.copies >= 3 * len(part.flow.chunks)  # type: ignore[attr-defined]
+    part.go()
+
+
+def test_the_cap_is_the_allocators_and_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    caps: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 16 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *cap: caps.append(cap))
+    for device, number in (("cuda", 1), ("cuda:0", 0)):
+        with capped(torch.device(device), 4 * GIB):
+            assert caps == [(0.25, number)]
+        assert caps == [(0.25, number), (1.0, number)]
+        caps.clear()
+    with capped(torch.device("cpu"), 4 * GIB):
+        assert not caps
 
 
 def test_a_file_that_vanishes_while_weights_flow_is_one_line(copy: Folders) -> None:
