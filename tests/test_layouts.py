@@ -299,10 +299,10 @@ SHAPES = {
 def test_the_architecture_is_told_from_shapes(shapes: str, tmp_path: Path) -> None:
     configs = SHAPES[shapes]
     told = describe(hollow_single_file(configs, tmp_path))
-    assert told.unet_config == unet_config(configs["unet"])
-    assert told.vae_config == vae_config(configs["vae"])
+    assert told.architecture.unet == unet_config(configs["unet"])
+    assert told.architecture.vae == vae_config(configs["vae"])
     assert told.scheduler_config == scheduler_config(configs["scheduler"])
-    assert told.text_config == text_config(configs["text_encoder"])
+    assert told.architecture.text == text_config(configs["text_encoder"])
 
 
 def test_attention_at_other_levels_is_told_from_shapes(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_attention_at_other_levels_is_told_from_shapes(tmp_path: Path) -> None:
     configs["unet"]["down_block_types"] = ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
     configs["unet"]["up_block_types"] = ["CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"]
     told = describe(hollow_single_file(configs, tmp_path))
-    assert told.unet_config == unet_config(configs["unet"])
+    assert told.architecture.unet == unet_config(configs["unet"])
 
 
 def test_what_the_configuration_folder_says_goes_over_what_shapes_tell(copy: Folders) -> None:
@@ -325,7 +325,7 @@ def test_what_the_configuration_folder_says_goes_over_what_shapes_tell(copy: Fol
 def test_a_single_file_whose_last_text_layer_was_already_dropped_keeps_its_layers(tmp_path: Path) -> None:
     # diffusers' scripts/convert_diffusers_to_original_stable_diffusion.py writes SD 2 like this
     told = describe(hollow_single_file(FAMILIES["sd2"], tmp_path, extras=False))
-    assert told.text_config["num_hidden_layers"] == 23
+    assert told.architecture.text["num_hidden_layers"] == 23
 
 
 # ---- the writers of these tests themselves ----
@@ -454,11 +454,12 @@ def test_official_folders_are_described_as_they_are_published(name: str, half: b
                     tensors[key.replace(new, old)] = tensors.pop(key)
             write_hollow(tensors, path)
     description = describe(folder, half)
-    assert description.unet_config.in_channels == 9
+    assert description.architecture.unet.in_channels == 9
     suffix = "safetensors" if name == "sd2-inpainting" and not half else "fp16.safetensors"
-    for directory in (description.unet, description.vae, description.text_encoder):
+    directories = description.architecture.directories
+    for directory in directories.values():
         assert {stored.file.name.partition(".")[2] for stored in directory.values()} == {suffix}
-    assert sum(torch.Size(s.shape).numel() for s in description.unet.values()) in (859_535_364, 865_925_124)
+    assert sum(torch.Size(s.shape).numel() for s in directories["unet"].values()) in (859_535_364, 865_925_124)
 
 
 @needs_official

@@ -27,7 +27,7 @@ import minpaint.inpaint
 from bench.quality import HELD_OUT, Case, colour_of, psnr
 from minpaint.hub import weights_folder
 from minpaint.image import to_image, to_unit
-from minpaint.inpaint import Painter, Settings
+from minpaint.inpaint import Job, Painter, Settings
 from minpaint.text import load_tokenizer
 from tests.conftest import largest_level_difference, relative_error
 from weights import world
@@ -98,7 +98,11 @@ def test_the_tiny_model(check: Callable[[Painter], None], tiny: Painter) -> None
 
 def test_an_ignored_prompt_shows(tiny: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
     contexts = Painter._contexts
-    monkeypatch.setattr(Painter, "_contexts", lambda self, settings: contexts(self, replace(settings, prompt="")))
+
+    def ignorant(self: Painter, job: Job) -> torch.Tensor:
+        return contexts(self, replace(job, settings=replace(job.settings, prompt="")))
+
+    monkeypatch.setattr(Painter, "_contexts", ignorant)
     with pytest.raises(AssertionError, match="colour asked for"):
         the_prompt_is_followed(tiny)
 
