@@ -33,7 +33,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 import minpaint
-from bench.versus_diffusers import NEGATIVE, PROMPT, append, make_input, relative
+from bench.versus_diffusers import NEGATIVE, PROMPT, append, make_input, relative, run_pipe
 from minpaint.inpaint import open_painter
 from minpaint.memory import choose_device, choose_dtype, forget_peak, format_size, give_back, peak_memory
 from weights.random_checkpoint import FAMILIES, write_checkpoint
@@ -106,25 +106,7 @@ def run_row(row: str, folder: Path, options: argparse.Namespace) -> dict[str, An
         pipe: Any = StableDiffusionInpaintPipeline.from_pretrained(folder, torch_dtype=dtype, variant="fp16")
         pipe.set_progress_bar_config(disable=True)
         save_memory(pipe, row, device)
-        kept: list[torch.Tensor] = []
-
-        def look(_pipe: object, _i: int, _t: object, values: dict[str, Any]) -> dict[str, Any]:
-            clock()
-            kept[:] = [values["latents"]]
-            return values
-
-        pipe(
-            PROMPT,
-            image,
-            mask,
-            negative_prompt=NEGATIVE,
-            num_inference_steps=options.steps,
-            height=options.size,
-            width=options.size,
-            generator=torch.Generator("cpu").manual_seed(0),
-            callback_on_step_end=look,
-        )
-        latents = kept[0][0].float().cpu()
+        latents = run_pipe(pipe, image, mask, options, clock).float().cpu()
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     return {
         "row": row,

@@ -97,6 +97,35 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def run_pipe(
+    pipe: Any,
+    image: Image.Image,
+    mask: Image.Image,
+    options: argparse.Namespace,
+    on_step: Callable[[], object] = lambda: None,
+) -> torch.Tensor:
+    """The final latents of diffusers' pipeline, seed 0; options: size and steps."""
+    latents: list[torch.Tensor] = []
+
+    def look(_pipe: object, _i: int, _t: object, values: dict[str, Any]) -> dict[str, Any]:
+        on_step()
+        latents[:] = [values["latents"]]
+        return values
+
+    pipe(
+        PROMPT,
+        image,
+        mask,
+        negative_prompt=NEGATIVE,
+        num_inference_steps=options.steps,
+        height=options.size,
+        width=options.size,
+        generator=torch.Generator("cpu").manual_seed(0),
+        callback_on_step_end=look,
+    )
+    return latents[0][0]
+
+
 def append(results: Path, figures: dict[str, Any]) -> None:
     """One JSON line more: the figures, and when and where they were taken."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
@@ -130,7 +159,6 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, An
     rows["load"] = alternate(load_ours, load_theirs, options.rounds)
     painter, pipe = rows["load"]["results"]
     image, mask = make_input(options.size)
-    on_cpu = torch.Generator("cpu")
 
     def run_ours() -> torch.Tensor:
         [painting] = painter(
@@ -140,24 +168,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, An
         return latents
 
     def run_theirs() -> torch.Tensor:
-        latents: list[torch.Tensor] = []
-
-        def look(_pipe: object, _i: int, _t: object, values: dict[str, Any]) -> dict[str, Any]:
-            latents[:] = [values["latents"]]
-            return values
-
-        pipe(
-            PROMPT,
-            image,
-            mask,
-            negative_prompt=NEGATIVE,
-            num_inference_steps=options.steps,
-            height=options.size,
-            width=options.size,
-            generator=on_cpu.manual_seed(0),
-            callback_on_step_end=look,
-        )
-        return latents[0][0]
+        return run_pipe(pipe, image, mask, options)
 
     run_ours(), run_theirs()
     name = f"run {options.size}x{options.size}, {options.steps} steps"

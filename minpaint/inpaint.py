@@ -157,13 +157,13 @@ class Painter:
         views = self.views(frame, settings)
         if settings.profile == "diffusers":
             self.canvas(frame, settings, views[0], [frame.original])  # may be too small for it
-        run = Run(self.machine, self.request(frame, settings), self)
+        run = Run(self.machine, self.request(frame, settings, views), self)
         return Job(settings, frame, views, sampler, schedule, run)
 
-    def request(self, frame: Frame, settings: Settings) -> Request:
-        """What a painting asks of memory: the largest of its parts decides."""
+    def request(self, frame: Frame, settings: Settings, views: list[View]) -> Request:
+        """What a painting in these parts asks of memory: the largest of them decides."""
         factor = self.vae_config.factor
-        sizes = [view.size for view in self.views(frame, settings)]
+        sizes = [view.size for view in views]
         width, height = (-(-side // factor) * factor for side in max(sizes, key=lambda size: size[0] * size[1]))
         pixels = frame.original.width * frame.original.height
         parts = len(sizes) > 1

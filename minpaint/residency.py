@@ -86,7 +86,7 @@ class Part:
             self.flow.close()
             self.flow = None
         for name in self.inside:
-            self._put(name, _nowhere(self.directory[name], self.dtype))
+            assign(self.model, name, _nowhere(self.directory[name], self.dtype))
         self.inside, self.format = {}, self.dtype
         give_back(self.device)
         self._watch()
@@ -114,7 +114,7 @@ class Part:
     def _bring(self, directory: Directory) -> None:
         try:
             for name, tensor in self._read(directory):
-                self._put(name, tensor)
+                assign(self.model, name, tensor)
                 self.inside[name] = _mark(self.model.get_parameter(name))
         except BaseException:
             self.go()
@@ -123,14 +123,15 @@ class Part:
     def _read(self, directory: Directory) -> Iterator[tuple[str, Tensor]]:
         mapped = {name: stored for name, stored in directory.items() if FLOATS[stored.kind] == self.dtype}
         for name, tensor in read_tensors(mapped):
-            yield name, self._checked(name, tensor.to(self.device))
+            yield name, self.checked(name, tensor.to(self.device))
         for name, stored in directory.items():
             if name not in mapped:
                 tensor = torch.empty(stored.shape, dtype=self.dtype)
                 read_into(stored, tensor)
-                yield name, self._checked(name, tensor.to(self.device))
+                yield name, self.checked(name, tensor.to(self.device))
 
-    def _checked(self, name: str, tensor: Tensor) -> Tensor:
+    def checked(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor; CheckpointError if one of its numbers is not finite."""
         lowest, highest = torch.aminmax(tensor)  # one quick pass, and NaN comes through it
         if not bool(lowest.isfinite() & highest.isfinite()):
             stored = self.directory[name]
@@ -140,9 +141,6 @@ class Part:
                 fault = f"is beyond what {str(self.dtype).removeprefix('torch.')} can hold; choose another --dtype"
             raise CheckpointError(f"{self.name} ({stored.file.name}): {stored.key} {fault}")
         return tensor
-
-    def _put(self, name: str, tensor: Tensor) -> None:
-        assign(self.model, name, tensor)
 
 
 class Flow:
@@ -179,7 +177,7 @@ class Flow:
         self.lane.wait(mark)
         self.shown, self.side = number, 1 - self.side
         for name, view in self._views(number, self.buffers[self.side][1]).items():
-            self.part._put(name, view)
+            assign(self.part.model, name, view)
         self._fetch((number + 1) % len(self.chunks))
 
     def close(self) -> None:
@@ -203,7 +201,7 @@ class Flow:
         for name, view in self._views(number, here).items():
             read_into(self.part.directory[name], view)
             if number not in self.checked:
-                self.part._checked(name, view)
+                self.part.checked(name, view)
         self.checked.add(number)
         self.sent[side] = self.lane.send(here, there, after)
         return self.sent[side]
@@ -215,7 +213,7 @@ class Flow:
     def _hide(self) -> None:
         if self.shown is not None:
             for name in self.chunks[self.shown]:
-                self.part._put(name, _nowhere(self.part.directory[name], self.part.dtype))
+                assign(self.part.model, name, _nowhere(self.part.directory[name], self.part.dtype))
             self.shown = None
 
     def _views(self, number: int, buffer: Tensor) -> dict[str, Tensor]:

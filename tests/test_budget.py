@@ -184,7 +184,8 @@ def test_any_budget_gives_the_same_picture(checkpoint: Folders, family: str, dty
     picture, mask = make_picture(96, 64), make_mask(96, 64)
     call = {"steps": 3, "count": 2, "eta": 0.5, "seed": 3}
     first = reopened(checkpoint(family), dtype)
-    request = first.request(open_frame(picture, mask, Settings("")), Settings("", count=2))
+    frame, settings = open_frame(picture, mask, Settings("")), Settings("", count=2)
+    request = first.request(frame, settings, first.views(frame, settings))
     seen: dict[tuple[str, ...], list[Image.Image]] = {}
     for budget in budgets_of(first, request):
         ours = reopened(checkpoint(family), dtype, first)
@@ -206,7 +207,7 @@ def test_what_a_run_takes_is_what_was_planned(checkpoint: Folders, family: str, 
     picture, mask, settings = make_picture(64, 64), make_mask(64, 64), Settings("a dog", steps=1, count=2)
     frame = open_frame(picture, mask, settings)
     first = reopened(checkpoint(family), dtype)
-    request = first.request(frame, settings)
+    request = first.request(frame, settings, first.views(frame, settings))
     for budget in budgets_of(first, request)[::2]:
         ours = reopened(checkpoint(family), dtype, first)
         ours.machine.budget = budget
@@ -444,7 +445,7 @@ def test_weights_somebody_changed_are_not_lost(checkpoint: Folders) -> None:
     ours.vae.load_state_dict({name: tensor * 0.5 for name, tensor in ours.vae.state_dict().items()})
     before = ours.vae.decode(torch.ones(1, 4, 8, 8))
     frame = open_frame(make_picture(), make_mask(), Settings(""))
-    request = ours.request(frame, Settings(""))
+    request = ours.request(frame, Settings(""), ours.views(frame, Settings("")))
     ours.machine.budget = ours.machine.planner.choose(request, UNLIMITED, 0).peak - 1
     ours(make_picture(), make_mask(), "a dog", steps=1)
     assert ours.last_run is not None

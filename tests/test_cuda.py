@@ -77,7 +77,7 @@ def test_any_budget_is_kept_and_gives_the_same_picture(
     settings = Settings("a dog", steps=4, eta=0.5, count=2)
     frame, seen = open_frame(picture, mask, settings), {}
     probe = open_painter(checkpoint("small-sd2"), "cuda", "fp16", None, None)
-    request, base = probe.request(frame, settings), probe.machine.base
+    request, base = probe.request(frame, settings, probe.views(frame, settings)), probe.machine.base
     least = probe.machine.planner.least(request, base)
     most = probe.machine.planner.choose(request, 2**50, base).peak
     for share in (0, 0.2, 0.4, 0.6, 0.8, 1, 100):

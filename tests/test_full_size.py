@@ -80,7 +80,8 @@ def test_a_run_at_full_size_takes_what_was_planned(tmp_path: Path, monkeypatch: 
     frame = open_frame(make_picture(256, 256), make_mask(256, 256), settings)
     for budget in (None, "1.5GiB"):
         ours = open_painter(folder, "cpu", "bf16", budget, None)
-        ours.machine.planner.choose(ours.request(frame, settings), 2**50, 0)  # measured once, on the meta device
+        request = ours.request(frame, settings, ours.views(frame, settings))
+        ours.machine.planner.choose(request, 2**50, 0)  # measured once, on the meta device
         taken = measure(partial(ours.paint, frame, settings)).total
         assert ours.last_run is not None
         plan = ours.last_run.plan
