@@ -40,11 +40,15 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or channels, channels, bias=bias)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """[b, m, context_dim] -> keys and values, both [b, h, m, d]."""
         k = rearrange(self.to_k(context), "b m (h d) -> b h m d", h=self.heads)
         v = rearrange(self.to_v(context), "b m (h d) -> b h m d", h=self.heads)
+        return k, v
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
+        k, v = self.keys_values(x if context is None else context)
         out: Tensor = self.to_out(rearrange(attend(q, k, v, self.query_rows), "b h n d -> b n (h d)"))
         return out
 

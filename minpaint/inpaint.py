@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,7 +122,8 @@ class Painter:
             calls += 1
             if on_step is not None:
                 on_step(step)
-        pictures = self._composite(job, job.views[-1], pictures, latents)
+        with closing(job.run):
+            pictures = self._composite(job, job.views[-1], pictures, latents)
         return [
             self._painting(job, picture, z, seed, calls)
             for picture, z, seed in zip(pictures, latents, settings.seeds, strict=True)
@@ -168,7 +170,7 @@ class Painter:
         pixels = frame.original.width * frame.original.height
         parts = len(sizes) > 1
         starts, again = settings.count if parts else 1, parts or self.machine.settled
-        return Request(width, height, settings.count, settings.guidance > 1, starts, pixels, again)
+        return Request(width, height, settings.count, settings.guided, starts, pixels, again)
 
     def canvas(self, frame: Frame, settings: Settings, view: View, pictures: list[Image.Image]) -> Canvas:
         """What the network works on for one part of the pictures."""
@@ -183,13 +185,14 @@ class Painter:
         self.last_run = job.run
         contexts, random = self._contexts(job), _Random(job.settings.seeds, self.device)
         pictures, latents = [job.frame.begin()], torch.empty(0)
-        for number, view in enumerate(job.views):
-            if number > 0:
-                pictures = self._composite(job, job.views[number - 1], pictures, latents)
-            canvas = self.canvas(job.frame, job.settings, view, pictures)
-            for step in self._denoise(job, canvas, contexts, random):
-                latents = step.x
-                yield step
+        with closing(job.run):
+            for number, view in enumerate(job.views):
+                if number > 0:
+                    pictures = self._composite(job, job.views[number - 1], pictures, latents)
+                canvas = self.canvas(job.frame, job.settings, view, pictures)
+                for step in self._denoise(job, canvas, contexts, random):
+                    latents = step.x
+                    yield step
         return pictures, latents
 
     def _denoise(self, job: Job, canvas: Canvas, contexts: Tensor, random: _Random) -> Iterator[Step]:
@@ -213,7 +216,7 @@ class Painter:
             conditioning = torch.cat([(cells > 0).float(), masked], dim=1)  # [n, 5, y, x]
         else:
             normal()  # the reference's draw for a masked picture that it then has no use for
-        if picture is None and own:
+        if picture is None and own and bool((cells < 1).any()):
             picture = self._encode(job, canvas.filled(fill))
         if picture is not None and fill == "noise":
             picture = torch.where(cells > 0, normal(), picture)
@@ -247,7 +250,7 @@ class Painter:
     def _contexts(self, job: Job) -> Tensor:
         """Prompt embeddings [n, 77, D]; with guidance [2n, 77, D], the negative ones first."""
         settings = job.settings
-        prompts = [settings.negative_prompt, settings.prompt] if settings.guidance > 1 else [settings.prompt]
+        prompts = [settings.negative_prompt, settings.prompt] if settings.guided else [settings.prompt]
         rows = torch.cat([job.run.embed(prompt) for prompt in prompts])
         if not bool(rows.isfinite().all()):
             raise MinpaintError(f"the text encoder gave NaN or infinity; {_way_out(self.dtype)}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -13,17 +14,22 @@ from torch import Tensor, nn
 from minpaint.banded import Bands, set_bands
 from minpaint.checkpoint import Checkpoint
 from minpaint.errors import BudgetError, MinpaintWarning
+from minpaint.fast import Prompt, accelerated, is_known
 from minpaint.memory import (
+    Replay,
     capped,
+    exact,
     forget_peak,
     format_size,
     free_memory,
     give_back,
     is_out_of_memory,
+    is_watched,
+    keep_heap,
     peak_memory,
     used_memory,
 )
-from minpaint.plan import PHASES, Phase, Planner, Request, set_query_rows
+from minpaint.plan import PHASES, Phase, Planner, Request, set_query_rows, split
 from minpaint.residency import Part
 from minpaint.text import encode_prompt
 from minpaint.vae import VAE
@@ -127,6 +133,9 @@ class Run:
         self.machine, self.request, self.networks, self.device = machine, request, networks, machine.device
         self.plan = machine.planner.choose(request, machine.budget, machine.base)
         self.fallen_back = False
+        self.prompt: Prompt | None = None
+        self.asked: tuple[Phase, Tensor] | None = None  # what `prompt` and `replay` were made for
+        self.replay: Replay | None = None
         forget_peak(self.device)
 
     @property
@@ -150,21 +159,65 @@ class Run:
         return self._vae("decode", lambda z: vae.decode(z).cpu().float(), latents, dtype)
 
     def unet(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """The UNet's prediction in float32, for a batch that may be split."""
+        """The UNet's prediction in float32, for a batch that may be split.
+
+        The same context tensor in every call means that what depends on it alone is computed once.
+        """
+        unet = self.networks.unet
 
         def call(phase: Phase) -> Tensor:
-            batches = (torch.split(tensor, phase.batch) for tensor in (x.to(phase.dtype), t, context))
-            outputs = [self.networks.unet(*batch).float() for batch in zip(*batches, strict=True)]
+            if self.asked is None or self.asked[0] is not phase or self.asked[1] is not context:
+                self._ask(phase, context)
+            with self._accelerated(phase, unet):
+                if self.replay is not None and not is_watched(unet):
+                    return self.replay(self._cast(x, phase, unet), t).float()
+                batches = (split(tensor, phase.batch) for tensor in (self._cast(x, phase, unet), t, context))
+                outputs = [unet(*batch).float() for batch in zip(*batches, strict=True)]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
         return self._do("denoise", call, self.machine.dtype)
 
+    def close(self) -> None:
+        """Let go of what was kept between calls; more of them may follow."""
+        self.asked, self.prompt, self.replay = None, None, None
+        keep_heap(False)
+
+    def _ask(self, phase: Phase, context: Tensor) -> None:
+        unet = self.networks.unet
+        self.asked, self.prompt, self.replay = (phase, context), Prompt(context), None
+        whole = phase.batch >= len(context) and phase.division is None
+        if self.device.type == "cuda" and phase.fast and whole and self._knows(unet):
+            self.replay = Replay(lambda x, t: unet(x, t, context), self.device)
+
+    @contextmanager
+    def _accelerated(self, phase: Phase, network: nn.Module) -> Iterator[None]:
+        if not phase.fast or not self._knows(network):
+            yield
+            return
+        on_cpu = self.device.type != "cuda"
+        keep_heap(on_cpu)
+        with accelerated(network, phase.arithmetic if on_cpu else None, self.prompt):
+            yield
+
+    def _cast(self, x: Tensor, phase: Phase, network: nn.Module) -> Tensor:
+        return x.to(self.device, phase.arithmetic if self._knows(network) else phase.dtype)
+
+    def _knows(self, network: nn.Module) -> bool:
+        """Whether a network is the checkpoint's own, as it is written."""
+        return network in (self.machine.checkpoint.unet, self.machine.checkpoint.vae) and is_known(network)
+
     def _vae(self, name: str, call: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
         """A pass of the VAE, one picture at a time; perhaps in another number format than planned."""
+        vae = self.networks.vae
 
         def one(row: Tensor) -> Callable[[Phase], Tensor]:
-            return lambda phase: call(row[None].to(self.device, phase.dtype))
+            def run(phase: Phase) -> Tensor:
+                with self._accelerated(phase, vae):
+                    return call(self._cast(row[None], phase, vae))
 
+            return run
+
+        self.asked, self.replay = None, None  # the UNet's weights may go
         try:
             pictures = [self._do(name, one(row), dtype) for row in x]
         finally:
@@ -198,7 +251,7 @@ class Run:
         if dtype != phase.dtype:
             planner = self.machine.planner_in(dtype)
             phase = planner.phase(name, self.request, self.plan.budget, self.plan.base)
-        with capped(self.device, self.machine.budget):
+        with capped(self.device, self.machine.budget), exact(self.device, phase.dtype):
             self.machine.set_up(phase, alone=not self.plan.resident)
             return call(phase)
 

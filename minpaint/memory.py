@@ -8,11 +8,13 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,9 +29,14 @@ from minpaint.errors import InputError, MinpaintWarning
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_BUDGET = "15GiB"  # a free Colab T4
+SAMPLE, WORTH = 1024, 1.25  # the side of the matrices, and how much quicker half precision has to be
 UNITS = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 UNITS |= {f"{unit}b": size for unit, size in UNITS.items() if unit not in ("", "b")}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+# glibc's malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+HEAP_KEEPS = ((-4, 0), (-1, 2**31 - 1))
+HEAP_GIVES = ((-4, 65536), (-1, 2**26), (-3, 2**25))
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -73,6 +80,28 @@ def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     elif isinstance(name, str) and name in DTYPES:
         return DTYPES[name]
     raise InputError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
+
+
+@cache
+def choose_arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """In which number format to compute with weights in `dtype`: bfloat16's in float32, where that is no slower.
+
+    On the CPU matrix products of both are timed, once in a process: not every processor has units
+    for bfloat16. What float16 cannot hold is to be seen and told; a GPU has units for either.
+    """
+    if device.type == "cuda" or dtype != torch.bfloat16:
+        return dtype
+
+    def seconds(kind: torch.dtype) -> float:
+        a = torch.ones(SAMPLE, SAMPLE, dtype=kind)
+        times = []
+        for _ in range(4):
+            started = time.perf_counter()
+            torch.mm(a, a)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    return torch.float32 if seconds(torch.float32) < WORTH * seconds(dtype) else dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -177,6 +206,21 @@ def give_back(device: torch.device) -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def keep_heap(keep: bool) -> None:
+    """Let the heap keep what is freed, for the next tensors, instead of giving it back at once.
+
+    glibc maps every large block anew and unmaps it when it is freed, and the system clears its
+    pages each time: a good part of a VAE pass. Not keeping is the state that glibc reaches by itself
+    in a process that frees large blocks. Elsewhere this does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    with suppress(AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in HEAP_KEEPS if keep else HEAP_GIVES:
+            mallopt(option, value)
+
+
 @contextmanager
 def capped(device: torch.device, budget: int) -> Iterator[None]:
     """Have the GPU's allocator refuse to go beyond a budget."""
@@ -250,6 +294,57 @@ class Lane:
         """Wait here until a mark is reached."""
         if mark is not None:
             mark.synchronize()
+
+
+class Replay:
+    """A function of tensors on a GPU whose kernels are recorded once and then played back together.
+
+    A network at a small batch is many short kernels, and a fast card waits for Python to start each.
+    The first call runs as it is, which also lets the libraries choose their kernels; the second is
+    recorded. All calls must have inputs of the same shapes.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
+        self.function, self.device, self.warm = function, device, False
+        self.graph: Any = None
+        self.inputs: list[Tensor] = []
+        self.output: Tensor | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if not self.warm:
+            self.warm = True
+            return self.function(*inputs)
+        with torch.cuda.device(self.device):
+            if self.graph is None:
+                self.inputs = [x.clone() for x in inputs]
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    self.output = self.function(*self.inputs)
+                self.graph = graph
+            for place, x in zip(self.inputs, inputs, strict=True):
+                place.copy_(x)
+            self.graph.replay()
+        assert self.output is not None
+        return self.output.clone()
+
+
+def is_watched(network: torch.nn.Module) -> bool:
+    """Whether somebody wants to see the calls of a network's modules, which a replay does not make."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+@contextmanager
+def exact(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Compute float32 in float32: on CUDA without TF32, which PyTorch lets convolutions use."""
+    if device.type != "cuda" or dtype != torch.float32:
+        yield
+        return
+    convolution, product = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolution, product
 
 
 @dataclass(frozen=True)

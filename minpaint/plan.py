@@ -21,7 +21,8 @@ from minpaint.attention import Attention
 from minpaint.banded import Bands, set_bands
 from minpaint.config import Json, UNetConfig, VAEConfig
 from minpaint.errors import BudgetError
-from minpaint.memory import attention_is_fused, format_size, measure, without_gradients
+from minpaint.fast import Prompt, accelerated
+from minpaint.memory import attention_is_fused, choose_arithmetic, format_size, measure, without_gradients
 from minpaint.residency import Division, divide, total_size
 from minpaint.tensorfile import Directory, Stored
 from minpaint.text import build_text_encoder
@@ -110,8 +111,9 @@ class Phase:
     """One phase of a run, and how it is done.
 
     batch: rows of the UNet's batch in one call, or pictures of the VAE's. bands: of the VAE, None
-    is whole. query_rows: of attention at a time, None is all. division: which weights flow; None
-    is none. weights, others, working: bytes of its own network, of the other networks that are
+    is whole. query_rows: of attention at a time, None is all. fast: accelerated (fast.py).
+    arithmetic: the number format that the network then computes in. division: which weights flow;
+    None is none. weights, others, working: bytes of its own network, of the other networks that are
     there, and of everything else. peak: with what comes on top.
     """
 
@@ -120,6 +122,8 @@ class Phase:
     batch: int
     bands: int | None
     query_rows: int | None
+    fast: bool
+    arithmetic: torch.dtype
     division: Division | None
     weights: int
     others: int
@@ -140,6 +144,8 @@ class Phase:
             said.append("whole" if self.bands is None else f"{self.bands} bands")
         if self.query_rows is not None:
             said.append(f"attention from {self.query_rows} rows")
+        if self.fast:
+            said.append("accelerated")
         return ", ".join(said)
 
 
@@ -170,7 +176,7 @@ class Plan:
 
     def report(self) -> dict[str, Any]:
         """The same as numbers of bytes."""
-        shown = ("name", "how", "batch", "bands", "query_rows", "weights", "others", "working", "peak")
+        shown = ("name", "how", "batch", "bands", "query_rows", "fast", "weights", "others", "working", "peak")
         phases = [{key: getattr(phase, key) for key in shown} for phase in self.phases.values()]
         return {"budget": self.budget, "base": self.base, "peak": self.peak, "phases": phases}
 
@@ -182,6 +188,7 @@ class _Way:
     batch: int = 1
     bands: int | None = None
     query_rows: int | None = None
+    fast: bool = False
 
 
 class Planner:
@@ -283,13 +290,16 @@ class Planner:
         """From the fastest to the one that takes least."""
         slices = (None,) if self.fused else QUERY_ROWS
         if name == "denoise":
-            batch = request.rows
-            while batch:
-                yield from (_Way(batch, None, rows) for rows in slices)
-                batch //= 2
+            for fast in (True, False):
+                batch = request.rows
+                while batch:
+                    yield from (_Way(batch, None, rows, fast) for rows in slices)
+                    batch //= 2
         elif name == "text":
             yield _Way()
         else:
+            if not self.on_cuda:
+                yield _Way(fast=True)
             yield from (_Way(1, bands, rows) for bands in BANDS for rows in slices)
 
     def _leanest(self, name: str, request: Request, base: int) -> Phase:
@@ -313,7 +323,11 @@ class Planner:
             weights = division.size
         counted = weights + others + working
         peak = base + self._extra(request, working) + counted + math.ceil(counted * self.reserve)
-        return Phase(name, self.dtype, way.batch, way.bands, way.query_rows, division, weights, others, working, peak)
+        done = (way.batch, way.bands, way.query_rows, way.fast, self._arithmetic(way))
+        return Phase(name, self.dtype, *done, division, weights, others, working, peak)
+
+    def _arithmetic(self, way: _Way) -> torch.dtype:
+        return choose_arithmetic(self.device, self.dtype) if way.fast else self.dtype
 
     def _extra(self, request: Request, working: int) -> int:
         """Bytes that come on top of weights and tensors."""
@@ -345,9 +359,11 @@ class Planner:
         """One call of a phase's network on tensors without numbers."""
         config, factor = self.architecture, self.architecture.vae.factor
         small = (request.height // factor, request.width // factor)
+        arithmetic = self._arithmetic(way)
+        quick = arithmetic if way.fast and not self.on_cuda else None
 
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=self.dtype, device="meta")
+        def empty(*shape: int, dtype: torch.dtype = arithmetic) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
 
         unet, vae, text_encoder = (self.models[name] for name in ("unet", "vae", "text_encoder"))
         set_query_rows(unet if name == "denoise" else vae, way.query_rows)
@@ -355,18 +371,26 @@ class Planner:
         if name == "text":
             text_encoder(torch.zeros(1, config.text["max_position_embeddings"], dtype=torch.long, device="meta"))
         elif name == "encode":
-            vae.encode(empty(1, 3, request.height, request.width))
+            with accelerated(vae, quick):
+                vae.encode(empty(1, 3, request.height, request.width))
         elif name == "decode":
-            vae.decode(empty(1, LATENT_CHANNELS, *small)).float()
+            with accelerated(vae, quick):
+                vae.decode(empty(1, LATENT_CHANNELS, *small)).float()
         else:
             # what Run.unet does: the whole batch is there, and goes through in parts
             tokens = config.text["max_position_embeddings"]
             x = torch.empty((request.rows, config.unet.in_channels, *small), device="meta")
-            context = empty(request.rows, tokens, config.unet.context_dim)
+            context = empty(request.rows, tokens, config.unet.context_dim, dtype=self.dtype)
             t = torch.zeros(request.rows, device="meta")
-            parts = zip(*(torch.split(each, way.batch) for each in (x.to(self.dtype), t, context)), strict=True)
-            outputs = [unet(*part).float() for part in itertools.islice(parts, 2)]
+            parts = zip(*(split(each, way.batch) for each in (x.to(arithmetic), t, context)), strict=True)
+            with accelerated(unet, quick, Prompt(context) if way.fast else None):
+                outputs = [unet(*part).float() for part in itertools.islice(parts, 2)]
             torch.cat(outputs)
+
+
+def split(x: Tensor, batch: int) -> tuple[Tensor, ...]:
+    """A batch in parts of so many rows; itself, if that is all."""
+    return (x,) if batch >= len(x) else torch.split(x, batch)
 
 
 def set_query_rows(model: nn.Module, rows: int | None) -> None:

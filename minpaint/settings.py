@@ -117,6 +117,11 @@ class Settings:
         return left, top, right, bottom
 
     @property
+    def guided(self) -> bool:
+        """Whether guidance has an effect: it adds a share of what the two prompts differ by."""
+        return self.guidance > 1 and self.prompt != self.negative_prompt
+
+    @property
     def seeds(self) -> range:
         return range(self.seed, self.seed + self.count)
 

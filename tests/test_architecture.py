@@ -31,6 +31,7 @@ ORDER = [
     "canvas",
     "settings",
     "frame",
+    "fast",
     "memory",
     "tensorfile",
     "residency",

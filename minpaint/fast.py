@@ -1,0 +1,197 @@
+"""The same layers computed in less time, put on a network from outside and taken off again.
+
+Nothing is held beside the weights: what a layer wants in another form is made when it is called.
+
+- A 3x3 convolution by Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2016, arXiv:1509.09308,
+  section 4.1): 36 products for 16 outputs where the definition takes 144. The transforms are matrix
+  products themselves, and a few tiles go through at a time, which stay in the processor's cache.
+- Feature maps lie with their channels together (NHWC), so that attention needs no transposition.
+- Weights in half precision are widened a layer at a time where the processor is no slower in
+  float32 (memory.arithmetic): fewer roundings, and the memory of half precision.
+- Keys and values of the prompt, the same in every step, are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minpaint.attention import Attention
+
+# Lavin & Gray, section 4.2: the data's, the filter's and the output's transform in one dimension.
+DATA = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+FILTER = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+OUTPUT = (
+    (1, 1, 1, 1, 1, 0),
+    (0, 1, -1, 2, -2, 0),
+    (0, 1, 1, 4, 4, 0),
+    (0, 1, -1, 8, -8, 1),
+)
+
+NARROW = 128  # channels; Winograd's way pays for layers as wide as this
+SMALL = 16 * 16  # cells; and for maps as large
+FEWEST_TILES = 128  # that go through together: fewer make poor matrix products,
+CHUNK = 2**16  # and numbers of one place of the tiles: more would leave the cache
+SLICE = 2**22  # numbers of the transformed weights made at a time
+
+
+@dataclass
+class Prompt:
+    """The prompt's embeddings in one run, the very tensor that the network is given, and what was made of it."""
+
+    context: Tensor
+    made: dict[Attention, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def keys_values(self, module: Attention, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention.keys_values, computed once for the prompt."""
+        if context is not self.context:
+            return Attention.keys_values(module, context)
+        if module not in self.made:
+            self.made[module] = Attention.keys_values(module, context)
+        return self.made[module]
+
+
+@contextmanager
+def accelerated(network: nn.Module, arithmetic: torch.dtype | None, prompt: Prompt | None = None) -> Iterator[None]:
+    """For calls of a network: with its layers in their quick forms, and the prompt's keys and values known.
+
+    arithmetic: the number format that the network then takes and gives, whatever its weights are
+    in; None leaves the layers as they are written.
+    """
+    put: list[tuple[nn.Module, str]] = []
+
+    def replace(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        vars(module)[name] = function
+        put.append((module, name))
+
+    try:
+        for module in network.modules():
+            if arithmetic is not None and type(module) in FORMS:
+                replace(module, "forward", partial(FORMS[type(module)], module, arithmetic))
+            if prompt is not None and isinstance(module, Attention):
+                replace(module, "keys_values", partial(prompt.keys_values, module))
+        yield
+    finally:
+        for module, name in put:
+            del vars(module)[name]
+
+
+def is_known(network: nn.Module) -> bool:
+    """Whether all layers that have weights can be accelerated; somebody may have put in others."""
+    layers = [module for module in network.modules() if module._parameters]
+    return all(type(layer) in FORMS and "forward" not in vars(layer) for layer in layers)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
+    """A convolution [b, c, y, x] with [o, c, k, k] and [o] -> [b, o, y', x'], in x's format.
+
+    The weights may be in a narrower format.
+    """
+    (outputs, channels, kernel, _), (height, width) = weight.shape, x.shape[2:]
+    if kernel == 1 and stride == 1 and padding == 0:
+        flat = weight.to(x.dtype).view(outputs, channels)
+        return F.linear(x.permute(0, 2, 3, 1), flat, bias.to(x.dtype)).permute(0, 3, 1, 2)
+    small = height * width < SMALL
+    if (kernel, stride, padding) == (3, 1, 1) and min(channels, outputs) >= NARROW and not small:
+        return _winograd(x, weight, bias)
+    if small:
+        x = x.contiguous()  # NCHW: the library is quicker to reorder the weights for it, which is most of the work
+    return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride, padding)
+
+
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 3x3 convolution with padding 1 by F(4x4, 3x3), in float32.
+
+    Tiles of 6x6 cells that overlap by two give 4x4 outputs each; the map is padded to whole tiles.
+    """
+    (batch, channels, height, width), outputs = x.shape, len(weight)
+    down, across = -(-height // 4), -(-width // 4)
+    around = F.pad(x.permute(0, 2, 3, 1).float(), (0, 0, 1, 4 * across + 1 - width, 1, 4 * down + 1 - height))
+    tiles = around.unfold(1, 6, 4).unfold(2, 6, 4).permute(4, 5, 0, 1, 2, 3)  # [6, 6, b, down, across, c]
+    out = torch.empty((batch, down, 4, across, 4, outputs), dtype=x.dtype, device=x.device)
+
+    together = max(FEWEST_TILES, CHUNK // channels)
+    images, rows = max(together // (down * across), 1), min(max(together // across, 1), down)
+    chunks = [(image, row) for image in range(0, batch, images) for row in range(0, down, rows)]
+    if x.is_meta:
+        del chunks[1:]  # one takes the memory that all take
+    data, result = _both_ways(DATA, x.device), _both_ways(OUTPUT, x.device)
+    parts = torch.split(weight, max(SLICE // (36 * channels), 32))
+    filters: Iterable[Tensor] = map(_transformed, parts)
+    if len(chunks) > 1:
+        filters = list(filters)  # needed more than once
+    bias = bias.float()
+    for image, row in chunks:
+        place = (slice(image, image + images), slice(row, row + rows))
+        cells = tiles[:, :, place[0], place[1]]
+        shape = (4, 4, *cells.shape[2:5], -1)
+        seen = torch.mm(data, cells.reshape(36, -1)).view(36, -1, channels)
+        first = 0
+        for transformed in filters:
+            last = first + transformed.shape[2]
+            made = torch.mm(result, torch.bmm(seen, transformed).view(36, -1)).view(shape)
+            torch.add(made.permute(2, 3, 0, 4, 1, 5), bias[first:last], out=out[(*place, ..., slice(first, last))])
+            first = last
+    return out.view(batch, 4 * down, 4 * across, outputs)[:, :height, :width].permute(0, 3, 1, 2)
+
+
+def _transformed(weight: Tensor) -> Tensor:
+    """Filters [o, c, 3, 3] -> [36, c, o] float32."""
+    outputs, channels = weight.shape[:2]
+    flat = weight.float().reshape(outputs * channels, 9)
+    return torch.mm(_both_ways(FILTER, weight.device), flat.t()).view(36, outputs, channels).transpose(1, 2)
+
+
+@cache
+def _both_ways(matrix: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    """The transform of a square from that of its rows: its Kronecker product with itself."""
+    numbers = torch.tensor(matrix, dtype=torch.float64)
+    return torch.kron(numbers, numbers).float().to(device)
+
+
+def _conv2d(layer: nn.Conv2d, arithmetic: torch.dtype, x: Tensor) -> Tensor:
+    assert layer.bias is not None
+    return convolve(x.to(arithmetic), layer.weight, layer.bias, layer.stride[0], int(layer.padding[0]))
+
+
+def _linear(layer: nn.Linear, arithmetic: torch.dtype, x: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.to(arithmetic)
+    return F.linear(x.to(arithmetic), layer.weight.to(arithmetic), bias)
+
+
+def _group_norm(layer: nn.GroupNorm, arithmetic: torch.dtype, x: Tensor) -> Tensor:
+    return F.group_norm(x, layer.num_groups, layer.weight.to(arithmetic), layer.bias.to(arithmetic), layer.eps)
+
+
+def _layer_norm(layer: nn.LayerNorm, arithmetic: torch.dtype, x: Tensor) -> Tensor:
+    shape = list(layer.normalized_shape)
+    return F.layer_norm(x, shape, layer.weight.to(arithmetic), layer.bias.to(arithmetic), layer.eps)
+
+
+FORMS: dict[type, Any] = {
+    nn.Conv2d: _conv2d,
+    nn.Linear: _linear,
+    nn.GroupNorm: _group_norm,
+    nn.LayerNorm: _layer_norm,
+}
