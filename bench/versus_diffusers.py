@@ -68,14 +68,14 @@ def alternate(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -
             results[side] = None  # never two of one side in memory
             seconds, results[side] = timed(work)
             times[side].append(seconds)
-    ratios = [a / b for a, b in zip(*times, strict=True)]
-    return {
-        "ours": statistics.median(times[0]),
-        "diffusers": statistics.median(times[1]),
-        "ratio": statistics.median(ratios),
-        "spread": [min(ratios), max(ratios)],
-        "results": results,
-    }
+    medians = {"ours": statistics.median(times[0]), "diffusers": statistics.median(times[1])}
+    return medians | compare(*times) | {"results": results}
+
+
+def compare(ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """The median ratio of two lists of seconds, pair by pair, and the least and the largest."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return {"ratio": statistics.median(ratios), "spread": [min(ratios), max(ratios)]}
 
 
 def in_a_process(code: str) -> Callable[[], None]:
@@ -105,6 +105,19 @@ def run_pipe(
     on_step: Callable[[], object] = lambda: None,
 ) -> torch.Tensor:
     """The final latents of diffusers' pipeline, seed 0; options: size and steps."""
+    return run_pipe_for(range(1), pipe, image, mask, options.size, options.steps, on_step)[0]
+
+
+def run_pipe_for(
+    seeds: range,
+    pipe: Any,
+    image: Image.Image,
+    mask: Image.Image,
+    size: int,
+    steps: int,
+    on_step: Callable[[], object] = lambda: None,
+) -> torch.Tensor:
+    """The final latents of diffusers' pipeline, a picture for each seed: [n, 4, y, x]."""
     latents: list[torch.Tensor] = []
 
     def look(_pipe: object, _i: int, _t: object, values: dict[str, Any]) -> dict[str, Any]:
@@ -117,13 +130,14 @@ def run_pipe(
         image,
         mask,
         negative_prompt=NEGATIVE,
-        num_inference_steps=options.steps,
-        height=options.size,
-        width=options.size,
-        generator=torch.Generator("cpu").manual_seed(0),
+        num_inference_steps=steps,
+        num_images_per_prompt=len(seeds),
+        height=size,
+        width=size,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         callback_on_step_end=look,
     )
-    return latents[0][0]
+    return latents[0]
 
 
 def append(results: Path, figures: dict[str, Any]) -> None:
