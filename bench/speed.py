@@ -295,8 +295,8 @@ def product_speed(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 * times / min(timed(multiply)[0] for _ in range(6))
 
 
-def peak_of(side: Side, calls: int, device: torch.device) -> int:
-    """Bytes that a side takes beyond what is there."""
+def peak_of(side: Side, calls: int, device: torch.device, countable: bool) -> int | None:
+    """Bytes that a side takes beyond what is there, if they can be counted; the calls are made anyway."""
 
     def work() -> None:
         with side() as call:
@@ -306,6 +306,9 @@ def peak_of(side: Side, calls: int, device: torch.device) -> int:
     with side():
         pass  # what is planned, once and on the meta device, would be counted
     let_go(device)
+    if not countable:
+        work()
+        return None
     if device.type != "cuda":
         return measure(work).live
     before = used_memory(device)
@@ -331,7 +334,9 @@ def take_turns(sides: dict[str, Side], case: Case, row: str, options: argparse.N
                 continue
             try:
                 if turn < 0:
-                    taken[name]["peak"] = peak_of(side, CAPTURE if case.on_gpu and row != "run" else 1, case.device)
+                    untimed = CAPTURE if case.on_gpu and row != "run" else 1
+                    countable = case.on_gpu or name != COMPILED  # nothing is compiled under a counter of tensors
+                    taken[name]["peak"] = peak_of(side, untimed, case.device, countable)
                     continue
                 taken[name].pop("result", None)  # never two of one side in memory
                 with side() as work:
@@ -342,7 +347,6 @@ def take_turns(sides: dict[str, Side], case: Case, row: str, options: argparse.N
                 taken[name]["result"] = taken[name]["result"].cpu()
             except Exception as error:
                 taken[name]["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                let_go(case.device)
     return taken
 
 
@@ -361,15 +365,18 @@ def measure_case(
         needed = row == "step" and left > 0 and "run" in options.rows
         if row not in options.rows and not needed:
             continue
-        taken = take_turns(
-            {name: partial(contestant, row) for name, contestant in contestants.items()}, case, row, options
-        )
+        sides: dict[str, Side] = {name: partial(contestant, row) for name, contestant in contestants.items()}
+        if row == "encode":
+            sides.pop(COMPILED, None)  # the encoder is as it was
+        taken = take_turns(sides, case, row, options)
         for name, side in taken.items():
+            if row == "run" and left > 0 and name not in step:
+                side.setdefault("error", "there is no time of a step to go on with")
             if "error" in side:
                 continue
             if row == "step":
                 step[name] = statistics.median(side["times"])
-            elif row == "run" and left > 0 and name in step:
+            elif row == "run" and left > 0:
                 side["times"] = [seconds + left * step[name] for seconds in side["times"]]
             side["seconds"] = statistics.median(side["times"])
             side["share"] = flops[row] / side["seconds"] / options.product_speed
@@ -409,7 +416,7 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
         figures = f"{ours['seconds']:10.4f} {side['seconds']:10.4f} {side['ratio']:6.2f} {spread:>12}"
         pairs = [
             f"{side['difference']:9.1e}" if "difference" in side else "",
-            f"{format_size(ours['peak']):>10} {format_size(side['peak']):>10}" if "peak" in side else "",
+            f"{format_size(ours['peak']):>10} {format_size(side['peak']):>10}" if side.get("peak") else f"{'':21}",
             f"{ours['share']:5.2f} {side['share']:5.2f}" if "share" in side else "",
             f"{ours['from_fp32']:7.1e} {side['from_fp32']:7.1e}" if side.get("from_fp32") is not None else "",
         ]
@@ -577,6 +584,7 @@ def parse_options() -> argparse.Namespace:
     for name, (gpu, cpu) in defaults.items():
         if vars(options)[name] is None:
             setattr(options, name, gpu if on_gpu else cpu)
+    options.run_steps = min(options.run_steps, options.steps)
     options.own_sizes = [512, 768, 1024] if on_gpu else [512]
     return options
 
