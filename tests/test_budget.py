@@ -184,7 +184,7 @@ def test_any_budget_gives_the_same_picture(checkpoint: Folders, family: str, dty
     picture, mask = make_picture(96, 64), make_mask(96, 64)
     call = {"steps": 3, "count": 2, "eta": 0.5, "seed": 3}
     first = reopened(checkpoint(family), dtype)
-    frame, settings = open_frame(picture, mask, Settings("")), Settings("", count=2)
+    frame, settings = open_frame(picture, mask, Settings("a dog")), Settings("a dog", count=2)
     request = first.request(frame, settings, first.views(frame, settings))
     seen: dict[tuple[str, ...], list[Image.Image]] = {}
     for budget in budgets_of(first, request):
