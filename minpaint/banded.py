@@ -119,10 +119,11 @@ def _convolved(conv: nn.Module, x: Map, before: int | None = None) -> Map:
     def rows(top: int, bottom: int) -> Tensor:
         first, last = top * stride - above, (bottom - 1) * stride - above + kernel
         seen = x.rows(max(first, 0), min(last, x.height))
+        weight, bias = (tensor.to(seen.dtype) for tensor in conv.parameters())
         if above == below and first >= 0 and last <= x.height:
-            return F.conv2d(seen, conv.weight, conv.bias, stride, (0, above))
+            return F.conv2d(seen, weight, bias, stride, (0, above))
         zeros = (above, below, max(-first, 0), max(last - x.height, 0))
-        return F.conv2d(F.pad(seen, zeros), conv.weight, conv.bias, stride)
+        return F.conv2d(F.pad(seen, zeros), weight, bias, stride)
 
     return Map((x.height + above + below - kernel) // stride + 1, rows)
 

@@ -73,11 +73,14 @@ class Prompt:
 
 
 @contextmanager
-def accelerated(network: nn.Module, arithmetic: torch.dtype | None, prompt: Prompt | None = None) -> Iterator[None]:
-    """For calls of a network: with its layers in their quick forms, and the prompt's keys and values known.
+def accelerated(
+    network: nn.Module, arithmetic: torch.dtype | None, quick: bool = True, prompt: Prompt | None = None
+) -> Iterator[None]:
+    """For calls of a network: with its layers in other forms, and the prompt's keys and values known.
 
     arithmetic: the number format that the network then takes and gives, whatever its weights are
-    in; None leaves the layers as they are written.
+    in; None leaves the layers as they are written. quick: with forms that take memory of their own
+    as well.
     """
     put: list[tuple[nn.Module, str]] = []
 
@@ -88,7 +91,7 @@ def accelerated(network: nn.Module, arithmetic: torch.dtype | None, prompt: Prom
     try:
         for module in network.modules():
             if arithmetic is not None and type(module) in FORMS:
-                replace(module, "forward", partial(FORMS[type(module)], module, arithmetic))
+                replace(module, "forward", partial(FORMS[type(module)], module, arithmetic, quick))
             if prompt is not None and isinstance(module, Attention):
                 replace(module, "keys_values", partial(prompt.keys_values, module))
         yield
@@ -103,12 +106,11 @@ def is_known(network: nn.Module) -> bool:
     return all(type(layer) in FORMS and "forward" not in vars(layer) for layer in layers)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
-    """A convolution [b, c, y, x] with [o, c, k, k] and [o] -> [b, o, y', x'], in x's format.
-
-    The weights may be in a narrower format.
-    """
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 1, quick: bool = True) -> Tensor:
+    """A convolution of [b, c, y, x] with [o, c, k, k] and [o] -> [b, o, y', x'], in x's number format."""
     (outputs, channels, kernel, _), (height, width) = weight.shape, x.shape[2:]
+    if not quick:
+        return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride, padding)
     if kernel == 1 and stride == 1 and padding == 0:
         flat = weight.to(x.dtype).view(outputs, channels)
         return F.linear(x.permute(0, 2, 3, 1), flat, bias.to(x.dtype)).permute(0, 3, 1, 2)
@@ -170,21 +172,21 @@ def _both_ways(matrix: tuple[tuple[float, ...], ...], device: torch.device) -> T
     return torch.kron(numbers, numbers).float().to(device)
 
 
-def _conv2d(layer: nn.Conv2d, arithmetic: torch.dtype, x: Tensor) -> Tensor:
+def _conv2d(layer: nn.Conv2d, arithmetic: torch.dtype, quick: bool, x: Tensor) -> Tensor:
     assert layer.bias is not None
-    return convolve(x.to(arithmetic), layer.weight, layer.bias, layer.stride[0], int(layer.padding[0]))
+    return convolve(x.to(arithmetic), layer.weight, layer.bias, layer.stride[0], int(layer.padding[0]), quick)
 
 
-def _linear(layer: nn.Linear, arithmetic: torch.dtype, x: Tensor) -> Tensor:
+def _linear(layer: nn.Linear, arithmetic: torch.dtype, quick: bool, x: Tensor) -> Tensor:
     bias = None if layer.bias is None else layer.bias.to(arithmetic)
     return F.linear(x.to(arithmetic), layer.weight.to(arithmetic), bias)
 
 
-def _group_norm(layer: nn.GroupNorm, arithmetic: torch.dtype, x: Tensor) -> Tensor:
+def _group_norm(layer: nn.GroupNorm, arithmetic: torch.dtype, quick: bool, x: Tensor) -> Tensor:
     return F.group_norm(x, layer.num_groups, layer.weight.to(arithmetic), layer.bias.to(arithmetic), layer.eps)
 
 
-def _layer_norm(layer: nn.LayerNorm, arithmetic: torch.dtype, x: Tensor) -> Tensor:
+def _layer_norm(layer: nn.LayerNorm, arithmetic: torch.dtype, quick: bool, x: Tensor) -> Tensor:
     shape = list(layer.normalized_shape)
     return F.layer_norm(x, shape, layer.weight.to(arithmetic), layer.bias.to(arithmetic), layer.eps)
 

@@ -179,8 +179,11 @@ class Run:
 
     def close(self) -> None:
         """Let go of what was kept between calls; more of them may follow."""
-        self.asked, self.prompt, self.replay = None, None, None
+        self._forget()
         keep_heap(False)
+
+    def _forget(self) -> None:
+        self.asked, self.prompt, self.replay = None, None, None
 
     def _ask(self, phase: Phase, context: Tensor) -> None:
         unet = self.networks.unet
@@ -191,12 +194,12 @@ class Run:
 
     @contextmanager
     def _accelerated(self, phase: Phase, network: nn.Module) -> Iterator[None]:
-        if not phase.fast or not self._knows(network):
+        if not self._knows(network):
             yield
             return
-        on_cpu = self.device.type != "cuda"
-        keep_heap(on_cpu)
-        with accelerated(network, phase.arithmetic if on_cpu else None, self.prompt):
+        keep_heap(phase.keeps)
+        arithmetic = None if self.device.type == "cuda" else phase.arithmetic
+        with accelerated(network, arithmetic, phase.fast, self.prompt if phase.fast else None):
             yield
 
     def _cast(self, x: Tensor, phase: Phase, network: nn.Module) -> Tensor:
@@ -217,7 +220,7 @@ class Run:
 
             return run
 
-        self.asked, self.replay = None, None  # the UNet's weights may go
+        self._forget()  # the UNet's weights may go, and the prompt's are needed no more
         try:
             pictures = [self._do(name, one(row), dtype) for row in x]
         finally:

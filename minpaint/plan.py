@@ -43,6 +43,7 @@ CUDA_RESERVE = 1 / 16
 # that were freed (at most so many times what is alive, and so many bytes), and the pictures.
 CPU_LIBRARIES = 48 * 2**20
 CPU_HEAP = (2.0, 224 * 2**20)
+KEPT_HEAP = 1.5  # of what is alive, where the heap keeps all that is freed
 CANVAS = 16  # bytes a pixel the network sees: the picture and where it is blanked, from encoding on
 COPY = 28  # bytes a pixel the network sees: the picture blanked or filled, while it is encoded
 FILLING = 144  # bytes a pixel: continuing a picture into its hole, before encoding and for the colour match
@@ -112,9 +113,10 @@ class Phase:
 
     batch: rows of the UNet's batch in one call, or pictures of the VAE's. bands: of the VAE, None
     is whole. query_rows: of attention at a time, None is all. fast: accelerated (fast.py).
-    arithmetic: the number format that the network then computes in. division: which weights flow;
-    None is none. weights, others, working: bytes of its own network, of the other networks that are
-    there, and of everything else. peak: with what comes on top.
+    keeps: with a heap that keeps what is freed (memory.keep_heap). arithmetic: the number format
+    computed in, the same for every plan. division: which weights flow; None is none. weights,
+    others, working: bytes of its own network, of the other networks that are there, and of
+    everything else. peak: with what comes on top.
     """
 
     name: str
@@ -123,6 +125,7 @@ class Phase:
     bands: int | None
     query_rows: int | None
     fast: bool
+    keeps: bool
     arithmetic: torch.dtype
     division: Division | None
     weights: int
@@ -189,6 +192,7 @@ class _Way:
     bands: int | None = None
     query_rows: int | None = None
     fast: bool = False
+    keeps: bool = False
 
 
 class Planner:
@@ -197,10 +201,14 @@ class Planner:
     def __init__(self, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> None:
         self.architecture, self.device, self.dtype = architecture, device, dtype
         self.on_cuda = device.type == "cuda"
-        self.fused = attention_is_fused(device, dtype)
+        self.arithmetic = choose_arithmetic(device, dtype)
+        self.fused = attention_is_fused(device, self.arithmetic)
         self.reserve = CUDA_RESERVE if self.on_cuda else 0.0
         self.measured: dict[Any, int] = {}
         self.orders: dict[str, list[str]] = {}
+        self.speeds = [(True, True), (True, False), (False, False)]  # fast and keeps, see Phase
+        if self.on_cuda:
+            del self.speeds[0]
 
     def choose(self, request: Request, budget: int, base: int) -> Plan:
         """The fastest plan that fits.
@@ -290,16 +298,16 @@ class Planner:
         """From the fastest to the one that takes least."""
         slices = (None,) if self.fused else QUERY_ROWS
         if name == "denoise":
-            for fast in (True, False):
+            for fast, keeps in self.speeds:
                 batch = request.rows
                 while batch:
-                    yield from (_Way(batch, None, rows, fast) for rows in slices)
+                    yield from (_Way(batch, None, rows, fast, keeps) for rows in slices)
                     batch //= 2
         elif name == "text":
             yield _Way()
         else:
             if not self.on_cuda:
-                yield _Way(fast=True)
+                yield from (_Way(fast=fast, keeps=keeps) for fast, keeps in self.speeds[:-1])
             yield from (_Way(1, bands, rows) for bands in BANDS for rows in slices)
 
     def _leanest(self, name: str, request: Request, base: int) -> Phase:
@@ -318,30 +326,28 @@ class Planner:
         division, weights = None, self._size(name)
         if flowing is not None:
             part = PHASES[name]
-            room = int((flowing - base - self._extra(request, working)) / (1 + self.reserve)) - working - others
+            room = int((flowing - base - self._extra(request, working, way)) / (1 + self.reserve)) - working - others
             division = divide(self.architecture.directories[part], self.dtype, self.order(part), room)
             weights = division.size
         counted = weights + others + working
-        peak = base + self._extra(request, working) + counted + math.ceil(counted * self.reserve)
-        done = (way.batch, way.bands, way.query_rows, way.fast, self._arithmetic(way))
+        peak = base + self._extra(request, working, way) + counted + math.ceil(counted * self.reserve)
+        done = (way.batch, way.bands, way.query_rows, way.fast, way.keeps, self.arithmetic)
         return Phase(name, self.dtype, *done, division, weights, others, working, peak)
 
-    def _arithmetic(self, way: _Way) -> torch.dtype:
-        return choose_arithmetic(self.device, self.dtype) if way.fast else self.dtype
-
-    def _extra(self, request: Request, working: int) -> int:
+    def _extra(self, request: Request, working: int, way: _Way) -> int:
         """Bytes that come on top of weights and tensors."""
         if self.on_cuda:
             return CUDA_LIBRARIES
         pictures = max(request.pixels, request.area) * (PICTURE[0] + PICTURE[1] * request.count)
-        return CPU_LIBRARIES + min(int(CPU_HEAP[0] * working), CPU_HEAP[1]) + pictures
+        heap = int(KEPT_HEAP * working) if way.keeps else min(int(CPU_HEAP[0] * working), CPU_HEAP[1])
+        return CPU_LIBRARIES + heap + pictures
 
     def _size(self, name: str) -> int:
         return total_size(self.architecture.directories[PHASES[name]], self.dtype)
 
     def _working(self, name: str, request: Request, way: _Way) -> int:
         """Bytes that a phase takes beside weights."""
-        key = (name, name if name == "text" else request, way)
+        key = (name, name if name == "text" else request, replace(way, keeps=False))
         if key not in self.measured:
             _ = self.models  # made before what they take is measured
             taken = measure(partial(self._run, name, request, way), self.fused).total
@@ -359,10 +365,9 @@ class Planner:
         """One call of a phase's network on tensors without numbers."""
         config, factor = self.architecture, self.architecture.vae.factor
         small = (request.height // factor, request.width // factor)
-        arithmetic = self._arithmetic(way)
-        quick = arithmetic if way.fast and not self.on_cuda else None
+        forms = (None if self.on_cuda else self.arithmetic, way.fast)
 
-        def empty(*shape: int, dtype: torch.dtype = arithmetic) -> Tensor:
+        def empty(*shape: int, dtype: torch.dtype = self.arithmetic) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
         unet, vae, text_encoder = (self.models[name] for name in ("unet", "vae", "text_encoder"))
@@ -371,10 +376,10 @@ class Planner:
         if name == "text":
             text_encoder(torch.zeros(1, config.text["max_position_embeddings"], dtype=torch.long, device="meta"))
         elif name == "encode":
-            with accelerated(vae, quick):
+            with accelerated(vae, *forms):
                 vae.encode(empty(1, 3, request.height, request.width))
         elif name == "decode":
-            with accelerated(vae, quick):
+            with accelerated(vae, *forms):
                 vae.decode(empty(1, LATENT_CHANNELS, *small)).float()
         else:
             # what Run.unet does: the whole batch is there, and goes through in parts
@@ -382,8 +387,8 @@ class Planner:
             x = torch.empty((request.rows, config.unet.in_channels, *small), device="meta")
             context = empty(request.rows, tokens, config.unet.context_dim, dtype=self.dtype)
             t = torch.zeros(request.rows, device="meta")
-            parts = zip(*(split(each, way.batch) for each in (x.to(arithmetic), t, context)), strict=True)
-            with accelerated(unet, quick, Prompt(context) if way.fast else None):
+            parts = zip(*(split(each, way.batch) for each in (x.to(self.arithmetic), t, context)), strict=True)
+            with accelerated(unet, *forms, Prompt(context) if way.fast else None):
                 outputs = [unet(*part).float() for part in itertools.islice(parts, 2)]
             torch.cat(outputs)
 
