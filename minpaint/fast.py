@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minpaint.attention import Attention
+from minpaint.attention import Attention, TransformerBlock
 
 # Lavin & Gray, section 4.2: the data's, the filter's and the output's transform in one dimension.
 DATA = (
@@ -70,6 +70,12 @@ class Prompt:
         if module not in self.made:
             self.made[module] = Attention.keys_values(module, context)
         return self.made[module]
+
+    def fill(self, unet: nn.Module) -> None:
+        """Make at once what the first call makes as it goes: from the second on all of it is there."""
+        for module in unet.modules():
+            if isinstance(module, TransformerBlock):
+                self.keys_values(module.attn2, self.context)
 
 
 @contextmanager

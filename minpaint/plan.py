@@ -388,7 +388,10 @@ class Planner:
             context = empty(request.rows, tokens, config.unet.context_dim, dtype=self.dtype)
             t = torch.zeros(request.rows, device="meta")
             parts = zip(*(split(each, way.batch) for each in (x.to(self.arithmetic), t, context)), strict=True)
-            with accelerated(unet, *forms, Prompt(context) if way.fast else None):
+            prompt = Prompt(context) if way.fast else None
+            with accelerated(unet, *forms, prompt):
+                if prompt is not None and way.batch >= request.rows:
+                    prompt.fill(unet)
                 outputs = [unet(*part).float() for part in itertools.islice(parts, 2)]
             torch.cat(outputs)
 
