@@ -1,0 +1,221 @@
+"""Acceleration gives what the plain layers give, and leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_mask, make_picture, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import minpaint
+from minpaint import fast, machine, memory
+from minpaint.fast import Prompt, accelerated, convolve, is_known
+from minpaint.memory import Replay, choose_arithmetic, is_watched
+
+CPU = torch.device("cpu")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 40),
+    outputs=st.integers(1, 40),
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    together=st.sampled_from([1, 5, 128]),
+)
+def test_winograds_convolution_is_a_convolution(
+    batch: int, channels: int, outputs: int, height: int, width: int, together: int
+) -> None:
+    generator = torch.Generator().manual_seed(batch * height + width)
+    x = torch.randn(batch, channels, height, width, generator=generator)
+    weight, bias = torch.randn(outputs, channels, 3, 3, generator=generator), torch.randn(outputs, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast, "FEWEST_TILES", together)
+        patch.setattr(fast, "CHUNK", 1)
+        patch.setattr(fast, "SLICE", 1)
+        found = fast._winograd(x, weight, bias)
+    exact = nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    assert found.shape == exact.shape
+    assert relative_error(found, exact) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("channels", "outputs", "kernel", "stride", "padding", "side"),
+    [
+        (128, 144, 3, 1, 1, 18),
+        (128, 128, 3, 1, 1, 7),
+        (9, 128, 3, 1, 1, 20),
+        (128, 128, 3, 2, 1, 17),
+        (64, 96, 1, 1, 0, 5),
+    ],
+)
+def test_every_shape_of_convolution_finds_a_form(
+    channels: int, outputs: int, kernel: int, stride: int, padding: int, side: int, kind: torch.dtype
+) -> None:
+    x = torch.randn(2, channels, side, side)
+    weight, bias = torch.randn(outputs, channels, kernel, kernel).to(kind), torch.randn(outputs).to(kind)
+    exact = nn.functional.conv2d(x, weight.float(), bias.float(), stride, padding)
+    wide = convolve(x, weight, bias, stride, padding)
+    assert wide.dtype == torch.float32
+    assert relative_error(wide, exact) < 1e-5
+    assert convolve(x.to(kind), weight, bias, stride, padding).dtype == kind
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks are too narrow for Winograd's way; here nothing is."""
+    monkeypatch.setattr(fast, "NARROW", 8)
+    monkeypatch.setattr(fast, "SMALL", 4)
+
+
+def inputs(painter: minpaint.Painter) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, painter.unet_config.in_channels, 12, 9, generator=generator)
+    context = torch.randn(2, 77, painter.unet_config.context_dim, generator=generator)
+    return x, torch.tensor([801.0, 801.0]), context
+
+
+@pytest.mark.parametrize("family", ["small-sd1", "small-sd2"])
+@pytest.mark.usefixtures("everywhere")
+def test_a_network_gives_the_same_and_keeps_no_trace(checkpoint: Callable[[str], Path], family: str) -> None:
+    painter = minpaint.load(checkpoint(family), "cpu", "fp32")
+    x, t, context = inputs(painter)
+    plain, before = painter.unet(x, t, context), [dict(vars(module)) for module in painter.unet.modules()]
+    prompt = Prompt(context)
+    for _ in range(2):
+        with accelerated(painter.unet, torch.float32, prompt=prompt):
+            found = painter.unet(x, t, context)
+        assert 0 < relative_error(found, plain) < 1e-5
+    assert [vars(module).keys() for module in painter.unet.modules()] == [held.keys() for held in before]
+    assert torch.equal(painter.unet(x, t, context), plain)
+    latents = torch.randn(1, 4, 12, 9)
+    with accelerated(painter.vae, torch.float32):
+        decoded = painter.vae.decode(latents)
+    assert 0 < relative_error(decoded, painter.vae.decode(latents)) < 1e-4
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_half_precision_computed_in_float32_is_nearer_to_it(checkpoint: Callable[[str], Path]) -> None:
+    half, full = (minpaint.load(checkpoint("small-sd1"), "cpu", dtype) for dtype in ("bf16", "fp32"))
+    x, t, context = inputs(full)
+    exact = full.unet(x, t, context)
+    plain = half.unet(x.bfloat16(), t, context.bfloat16())
+    with accelerated(half.unet, torch.float32):
+        found = half.unet(x, t, context)
+    assert found.dtype == torch.float32
+    assert relative_error(found, exact) < relative_error(plain.float(), exact)
+
+
+def test_keys_and_values_of_the_prompt_alone_are_remembered(checkpoint: Callable[[str], Path]) -> None:
+    painter = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32")
+    x, t, context = inputs(painter)
+    prompt = Prompt(context)
+    with accelerated(painter.unet, None, prompt=prompt):
+        painter.unet(x, t, context)
+        made = dict(prompt.made)
+        assert made
+        context += 1  # nobody else has this tensor: that it is not looked at again shows
+        painter.unet(x, t, context)
+        assert prompt.made == made
+        other = context.clone()
+        assert relative_error(painter.unet(x, t, other), painter.unet(x, t, context)) > 1e-6
+    assert torch.equal(painter.unet(x, t, other), painter.unet(x, t, context))
+
+
+def test_a_changed_layer_is_not_accelerated(checkpoint: Callable[[str], Path]) -> None:
+    class Louder(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    painter = minpaint.load(checkpoint("small-sd1"), "cpu", "bf16")
+    assert is_known(painter.unet)
+    layer = painter.unet.time_embedding.linear_1
+    louder = Louder(layer.in_features, layer.out_features, dtype=torch.bfloat16)
+    louder.load_state_dict(layer.state_dict())
+    painter.unet.time_embedding.linear_1 = louder
+    assert not is_known(painter.unet)
+    [painting] = painter(make_picture(), make_mask(), "a dog", steps=2)
+    assert painting.latents.isfinite().all()
+
+
+def test_a_run_uses_it_and_lets_go(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(machine, "keep_heap", kept.append)
+    painter = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32")
+    steps = painter.steps(make_picture(), make_mask(), "a dog", steps=3)
+    next(steps)
+    assert painter.last_run is not None
+    assert all(phase.fast and phase.keeps for name, phase in painter.last_run.plan.phases.items() if name != "text")
+    assert painter.last_run.prompt is not None
+    assert kept[-1] is True
+    steps.close()
+    assert painter.last_run.prompt is None
+    assert kept[-1] is False
+
+
+def test_guidance_towards_the_same_prompt_is_not_computed(checkpoint: Callable[[str], Path]) -> None:
+    painter = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32")
+    rows: list[int] = []
+    painter.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    [same] = painter(make_picture(), make_mask(), "a dog", negative_prompt="a dog", guidance=9, steps=3)
+    [without] = painter(make_picture(), make_mask(), "a dog", guidance=1, steps=3)
+    assert set(rows) == {1}
+    assert torch.equal(same.latents, without.latents)
+
+
+def test_number_formats_are_chosen_by_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(memory.time, "perf_counter", lambda: float(next(clock)))  # all products take as long
+    choose_arithmetic.cache_clear()
+    assert choose_arithmetic(CPU, torch.bfloat16) == torch.float32
+    monkeypatch.setattr(memory, "WORTH", 0.5)  # half precision is twice as quick as it has to be
+    choose_arithmetic.cache_clear()
+    assert choose_arithmetic(CPU, torch.bfloat16) == torch.bfloat16
+    choose_arithmetic.cache_clear()
+    assert choose_arithmetic(CPU, torch.float16) == torch.float16
+    assert choose_arithmetic(torch.device("cuda"), torch.bfloat16) == torch.bfloat16
+
+
+def test_a_replay_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the graph that runs the function again, as the recorded kernels would."""
+    ran: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            ran.append("replay")
+            assert replay.output is not None
+            replay.output.copy_(double(*replay.inputs))
+
+    class Recording:
+        def __init__(self, graph: Graph) -> None:
+            ran.append("record")
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None: ...
+
+    def double(x: Tensor, t: Tensor) -> Tensor:
+        return 2 * x + t
+
+    for name, stand_in in (("CUDAGraph", Graph), ("graph", Recording), ("device", Recording)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    replay = Replay(double, CPU)
+    results = [replay(torch.full((2,), float(x)), torch.tensor(1.0)) for x in range(4)]
+    assert [ran.count(name) for name in ("record", "replay")] == [1 + 3, 3]  # the device is entered three times
+    assert [float(result[0]) for result in results] == [1.0, 3.0, 5.0, 7.0]
+
+
+def test_hooks_are_noticed() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert not is_watched(network)
+    hook = network[1].register_forward_hook(lambda *_: None)
+    assert is_watched(network)
+    hook.remove()
+    assert not is_watched(network)
