@@ -106,7 +106,7 @@ def run_row(row: str, folder: Path, options: argparse.Namespace) -> dict[str, An
         pipe: Any = StableDiffusionInpaintPipeline.from_pretrained(folder, torch_dtype=dtype, variant="fp16")
         pipe.set_progress_bar_config(disable=True)
         save_memory(pipe, row, device)
-        latents = run_pipe(pipe, image, mask, options, clock).float().cpu()
+        latents = run_pipe(pipe, image, mask, options.size, options.steps, on_step=clock)[0].float().cpu()
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     return {
         "row": row,

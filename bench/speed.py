@@ -53,7 +53,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import minpaint
-from bench.versus_diffusers import NEGATIVE, PROMPT, append, compare, make_input, relative, run_pipe_for, timed
+from bench.versus_diffusers import NEGATIVE, PROMPT, append, compare, make_input, relative, run_pipe, timed
 from minpaint.checkpoint import outline
 from minpaint.inpaint import Painter
 from minpaint.machine import Run
@@ -224,7 +224,7 @@ class Theirs:
         unet = pipe.unet
         pipe.unet, pipe.vae.decode = self.unet, lambda latents, **_: (self.decode(latents),)
         try:
-            return run_pipe_for(range(case.batch), pipe, *self.inputs.pictures, case.size, case.steps)[0]
+            return run_pipe(pipe, *self.inputs.pictures, case.size, case.steps, case.batch)[0]
         finally:
             pipe.unet = unet
             del pipe.vae.decode

@@ -101,23 +101,12 @@ def run_pipe(
     pipe: Any,
     image: Image.Image,
     mask: Image.Image,
-    options: argparse.Namespace,
-    on_step: Callable[[], object] = lambda: None,
-) -> torch.Tensor:
-    """The final latents of diffusers' pipeline, seed 0; options: size and steps."""
-    return run_pipe_for(range(1), pipe, image, mask, options.size, options.steps, on_step)[0]
-
-
-def run_pipe_for(
-    seeds: range,
-    pipe: Any,
-    image: Image.Image,
-    mask: Image.Image,
     size: int,
     steps: int,
+    count: int = 1,
     on_step: Callable[[], object] = lambda: None,
 ) -> torch.Tensor:
-    """The final latents of diffusers' pipeline, a picture for each seed: [n, 4, y, x]."""
+    """The final latents of diffusers' pipeline for the first seeds: [count, 4, y, x]."""
     latents: list[torch.Tensor] = []
 
     def look(_pipe: object, _i: int, _t: object, values: dict[str, Any]) -> dict[str, Any]:
@@ -131,10 +120,10 @@ def run_pipe_for(
         mask,
         negative_prompt=NEGATIVE,
         num_inference_steps=steps,
-        num_images_per_prompt=len(seeds),
+        num_images_per_prompt=count,
         height=size,
         width=size,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(count)],
         callback_on_step_end=look,
     )
     return latents[0]
@@ -182,7 +171,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, An
         return latents
 
     def run_theirs() -> torch.Tensor:
-        return run_pipe(pipe, image, mask, options)
+        return run_pipe(pipe, image, mask, options.size, options.steps)[0]
 
     run_ours(), run_theirs()
     name = f"run {options.size}x{options.size}, {options.steps} steps"

@@ -7,7 +7,7 @@ Nothing is held beside the weights: what a layer wants in another form is made w
   products themselves, and a few tiles go through at a time, which stay in the processor's cache.
 - Feature maps lie with their channels together (NHWC), so that attention needs no transposition.
 - Weights in half precision are widened a layer at a time where the processor is no slower in
-  float32 (memory.arithmetic): fewer roundings, and the memory of half precision.
+  float32 (memory.choose_arithmetic): fewer roundings, and the memory of half precision.
 - Keys and values of the prompt, the same in every step, are computed once.
 """
 
@@ -115,15 +115,13 @@ def is_known(network: nn.Module) -> bool:
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 1, quick: bool = True) -> Tensor:
     """A convolution of [b, c, y, x] with [o, c, k, k] and [o] -> [b, o, y', x'], in x's number format."""
     (outputs, channels, kernel, _), (height, width) = weight.shape, x.shape[2:]
-    if not quick:
-        return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride, padding)
-    if kernel == 1 and stride == 1 and padding == 0:
+    small = height * width < SMALL
+    if quick and (kernel, stride, padding) == (1, 1, 0):
         flat = weight.to(x.dtype).view(outputs, channels)
         return F.linear(x.permute(0, 2, 3, 1), flat, bias.to(x.dtype)).permute(0, 3, 1, 2)
-    small = height * width < SMALL
-    if (kernel, stride, padding) == (3, 1, 1) and min(channels, outputs) >= NARROW and not small:
+    if quick and (kernel, stride, padding) == (3, 1, 1) and min(channels, outputs) >= NARROW and not small:
         return _winograd(x, weight, bias)
-    if small:
+    if quick and small:
         x = x.contiguous()  # NCHW: the library is quicker to reorder the weights for it, which is most of the work
     return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride, padding)
 

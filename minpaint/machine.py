@@ -134,7 +134,6 @@ class Run:
         self.plan = machine.planner.choose(request, machine.budget, machine.base)
         self.fallen_back = False
         self.prompt: Prompt | None = None
-        self.asked: tuple[Phase, Tensor] | None = None  # what `prompt` and `replay` were made for
         self.replay: Replay | None = None
         forget_peak(self.device)
 
@@ -166,12 +165,12 @@ class Run:
         unet = self.networks.unet
 
         def call(phase: Phase) -> Tensor:
-            if self.asked is None or self.asked[0] is not phase or self.asked[1] is not context:
+            if self.prompt is None or self.prompt.context is not context:
                 self._ask(phase, context)
-            with self._accelerated(phase, unet):
+            with self._accelerated(phase, unet) as arithmetic:
                 if self.replay is not None and not is_watched(unet):
-                    return self.replay(self._cast(x, phase, unet), t).float()
-                batches = (split(tensor, phase.batch) for tensor in (self._cast(x, phase, unet), t, context))
+                    return self.replay(x.to(arithmetic), t).float()
+                batches = (split(tensor, phase.batch) for tensor in (x.to(arithmetic), t, context))
                 outputs = [unet(*batch).float() for batch in zip(*batches, strict=True)]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -180,30 +179,28 @@ class Run:
     def close(self) -> None:
         """Let go of what was kept between calls; more of them may follow."""
         self._forget()
-        keep_heap(False)
+        keep_heap(self.device, False)
 
     def _forget(self) -> None:
-        self.asked, self.prompt, self.replay = None, None, None
+        self.prompt, self.replay = None, None
 
     def _ask(self, phase: Phase, context: Tensor) -> None:
         unet = self.networks.unet
-        self.asked, self.prompt, self.replay = (phase, context), Prompt(context), None
+        self.prompt, self.replay = Prompt(context), None
         whole = phase.batch >= len(context) and phase.division is None
         if self.device.type == "cuda" and phase.fast and whole and self._knows(unet):
             self.replay = Replay(lambda x, t: unet(x, t, context), self.device)
 
     @contextmanager
-    def _accelerated(self, phase: Phase, network: nn.Module) -> Iterator[None]:
+    def _accelerated(self, phase: Phase, network: nn.Module) -> Iterator[torch.dtype]:
+        """For a call of a network; gives the number format that it then takes."""
         if not self._knows(network):
-            yield
+            yield phase.dtype
             return
-        keep_heap(phase.keeps)
+        keep_heap(self.device, phase.keeps)
         arithmetic = None if self.device.type == "cuda" else phase.arithmetic
         with accelerated(network, arithmetic, phase.fast, self.prompt if phase.fast else None):
-            yield
-
-    def _cast(self, x: Tensor, phase: Phase, network: nn.Module) -> Tensor:
-        return x.to(self.device, phase.arithmetic if self._knows(network) else phase.dtype)
+            yield phase.arithmetic
 
     def _knows(self, network: nn.Module) -> bool:
         """Whether a network is the checkpoint's own, as it is written."""
@@ -215,8 +212,8 @@ class Run:
 
         def one(row: Tensor) -> Callable[[Phase], Tensor]:
             def run(phase: Phase) -> Tensor:
-                with self._accelerated(phase, vae):
-                    return call(self._cast(row[None], phase, vae))
+                with self._accelerated(phase, vae) as arithmetic:
+                    return call(row[None].to(self.device, arithmetic))
 
             return run
 
@@ -262,6 +259,7 @@ class Run:
         """A plan for less memory than the one that failed; for as little as is possible, if there is none."""
         machine, before = self.machine, self.plan
         self.fallen_back = True
+        self._forget()
         gc.collect()
         give_back(self.device)
         there = used_memory(self.device) + free_memory(self.device)

@@ -206,14 +206,14 @@ def give_back(device: torch.device) -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def keep_heap(keep: bool) -> None:
-    """Let the heap keep what is freed, for the next tensors, instead of giving it back at once.
+def keep_heap(device: torch.device, keep: bool) -> None:
+    """Let the CPU's heap keep what is freed, for the next tensors, instead of giving it back at once.
 
     glibc maps every large block anew and unmaps it when it is freed, and the system clears its
     pages each time: a good part of a VAE pass. Not keeping is the state that glibc reaches by itself
     in a process that frees large blocks. Elsewhere this does nothing.
     """
-    if sys.platform != "linux":
+    if device.type == "cuda" or sys.platform != "linux":
         return
     with suppress(AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt

@@ -206,9 +206,8 @@ class Planner:
         self.reserve = CUDA_RESERVE if self.on_cuda else 0.0
         self.measured: dict[Any, int] = {}
         self.orders: dict[str, list[str]] = {}
-        self.speeds = [(True, True), (True, False), (False, False)]  # fast and keeps, see Phase
-        if self.on_cuda:
-            del self.speeds[0]
+        on_cpu = [] if self.on_cuda else [(True, True)]
+        self.speeds = [*on_cpu, (True, False), (False, False)]  # fast and keeps, see Phase
 
     def choose(self, request: Request, budget: int, base: int) -> Plan:
         """The fastest plan that fits.
@@ -397,7 +396,7 @@ class Planner:
 
 
 def split(x: Tensor, batch: int) -> tuple[Tensor, ...]:
-    """A batch in parts of so many rows; itself, if that is all."""
+    """A batch in parts of so many rows; the very tensor, if that is all (see fast.Prompt)."""
     return (x,) if batch >= len(x) else torch.split(x, batch)
 
 

@@ -10,6 +10,7 @@ import torch
 from conftest import make_mask, make_picture, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 
 import minpaint
@@ -147,7 +148,7 @@ def test_a_changed_layer_is_not_accelerated(checkpoint: Callable[[str], Path]) -
 
 def test_a_run_uses_it_and_lets_go(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[bool] = []
-    monkeypatch.setattr(machine, "keep_heap", kept.append)
+    monkeypatch.setattr(machine, "keep_heap", lambda device, keep: kept.append(keep))
     painter = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32")
     steps = painter.steps(make_picture(), make_mask(), "a dog", steps=3)
     next(steps)
@@ -210,6 +211,28 @@ def test_a_replay_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     results = [replay(torch.full((2,), float(x)), torch.tensor(1.0)) for x in range(4)]
     assert [ran.count(name) for name in ("record", "replay")] == [1 + 3, 3]  # the device is entered three times
     assert [float(result[0]) for result in results] == [1.0, 3.0, 5.0, 7.0]
+
+
+def test_float32_on_a_gpu_is_float32() -> None:
+    for device, inside in ((torch.device("cuda"), False), (CPU, True)):
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = True
+        try:
+            with memory.exact(device, torch.float32):
+                assert torch.backends.cudnn.allow_tf32 is inside
+            assert torch.backends.cudnn.allow_tf32 is True
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
+
+
+def test_a_picture_that_is_all_hole_is_encoded_once(checkpoint: Callable[[str], Path]) -> None:
+    painter = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32")
+    calls: list[int] = []
+    painter.vae.encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    for mask, times in ((Image.new("L", (64, 64), 255), 1), (make_mask(64, 64), 2)):
+        calls.clear()
+        painter(make_picture(64, 64), mask, "a dog", steps=1)
+        assert len(calls) == times
 
 
 def test_hooks_are_noticed() -> None:
