@@ -45,17 +45,28 @@ def _membrane(x: Tensor, known: Tensor, sweeps: int, pull: float) -> Tensor:
 
 
 def _relax(x: Tensor, unknown: Tensor, sweeps: int, pull: float) -> Tensor:
-    """Conjugate gradient steps towards Laplacian(x) = pull * x on the unknown pixels."""
-    residual = (_laplacian(x) - pull * x) * unknown
+    """x after conjugate gradient steps towards Laplacian(x) = pull * x on the unknown pixels.
+
+    At most one step for each of them, with which all is solved. They are changed in place.
+    """
+    rows, columns = (_reach(unknown.any(dim).flatten()) for dim in (3, 2))
+    around, unknown = x[..., rows, columns], unknown[..., rows, columns]  # the rest does not change
+    residual = (_laplacian(around) - pull * around) * unknown
     direction, size = residual, residual.square().sum((2, 3), keepdim=True)
-    for _ in range(sweeps):
+    for _ in range(min(sweeps, int(unknown.sum()))):
         image = (pull * direction - _laplacian(direction)) * unknown
         step = size / (direction * image).sum((2, 3), keepdim=True).clamp(min=1e-20)
-        x = x + step * direction
+        around += step * direction
         residual = residual - step * image
         before, size = size, residual.square().sum((2, 3), keepdim=True)
         direction = residual + size / before.clamp(min=1e-20) * direction
     return x
+
+
+def _reach(marked: Tensor) -> slice:
+    """From the neighbour before the first that is marked to the one after the last."""
+    first, last = marked.nonzero()[[0, -1], 0].tolist()
+    return slice(max(first - 1, 0), last + 2)
 
 
 def _laplacian(x: Tensor) -> Tensor:
