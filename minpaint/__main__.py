@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from io import BytesIO
@@ -311,6 +311,7 @@ def _paint(options: argparse.Namespace) -> None:
     if options.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from minpaint.frame import explain
+    from minpaint.hub import fingerprint
     from minpaint.inpaint import open_frame, open_painter
     from minpaint.memory import dtype_name, format_size
     from minpaint.saving import check_target, save
@@ -326,9 +327,17 @@ def _paint(options: argparse.Namespace) -> None:
             if isinstance(target, Path):
                 check_target(target, frame.original.size)
 
-        painter = open_painter(options.model or "tiny", options.device, options.dtype, options.budget, options.config)
+        hashes: list[Future[str]] = []  # taken while the main thread imports what the text encoder needs
+        painter = open_painter(
+            options.model or "tiny",
+            options.device,
+            options.dtype,
+            options.budget,
+            options.config,
+            lambda files: hashes.append(beside.submit(fingerprint, files)),
+        )
         note(f"{painter.name} on {painter.device}, {dtype_name(painter.dtype)}")
-        record = beside.submit(_record, options, settings, painter, image, mask)
+        record = beside.submit(_record, options, settings, painter, image, mask, hashes[0])
         if options.explain_mask is not None:
             views = painter.views(frame, settings)
             if len(views) > 1:
@@ -385,13 +394,15 @@ def _paint(options: argparse.Namespace) -> None:
         print(json.dumps(report))
 
 
-def _record(options: argparse.Namespace, settings: Any, painter: Any, image: Any, mask: Any) -> dict[str, Any]:
+def _record(
+    options: argparse.Namespace, settings: Any, painter: Any, image: Any, mask: Any, model: Future[str]
+) -> dict[str, Any]:
     """All that is needed to paint the picture again, but for the seed of each."""
     import hashlib
 
     import torch
 
-    from minpaint.hub import fingerprint, sha256
+    from minpaint.hub import sha256
     from minpaint.memory import dtype_name
 
     def digest(source: str | BytesIO | None) -> str | None:
@@ -402,7 +413,7 @@ def _record(options: argparse.Namespace, settings: Any, painter: Any, image: Any
     return {
         "minpaint": __version__,
         "model": options.model or "tiny",
-        "model_sha256": fingerprint(painter.files),
+        "model_sha256": model.result(),
         "config": options.config,
         "image": options.image,
         "image_sha256": digest(image),

@@ -1,7 +1,7 @@
 """Checkpoints to models: a catalogue name, a hub id, a folder in diffusers layout or one file.
 
-Two steps: `describe` reads configurations and headers only and settles which tensor goes
-where, both ways; `build` makes the models on the meta device and puts the mapped tensors in.
+Three steps: `find` reads configurations and headers only; `match` settles which tensor goes
+where, both ways; `build` makes the models on the meta device, for the weights to come to.
 """
 
 from __future__ import annotations
@@ -44,12 +44,27 @@ from minpaint.text import load_tokenizer
 from minpaint.unet import UNet
 from minpaint.vae import VAE
 
-FILE_ORDER = ("unet", "encoder", "decoder", "text_encoder")  # of the files, in records
+FILE_ORDER = ("unet", "vae", "text_encoder")  # of the files, in records
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")  # of files, not of hub ids like owner/sd-2.1
 TINY = "tiny"  # the checkpoint that comes with the program
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # diffusers/models/autoencoders/autoencoder_kl.py: attention names before version 0.12
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is of a checkpoint: configurations, and headers by model, with the names of the files."""
+
+    name: str
+    configs: _Configs
+    parts: dict[str, Directory]
+    tokenizer: Callable[[], Any]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Where the weights are."""
+        return tuple(dict.fromkeys(stored.file for part in FILE_ORDER for stored in self.parts[part].values()))
 
 
 @dataclass(frozen=True)
@@ -72,14 +87,13 @@ class Checkpoint:
     text_encoder: nn.Module
     tokenizer: Any
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Where the weights are."""
-        directories = self.architecture.directories
-        return tuple(dict.fromkeys(stored.file for part in FILE_ORDER for stored in directories[part].values()))
-
 
 def describe(model: str | Path, half: bool = False, config: str | Path | None = None) -> Description:
+    """`find` and `match`."""
+    return match(find(model, half, config))
+
+
+def find(model: str | Path, half: bool = False, config: str | Path | None = None) -> Found:
     """Find a checkpoint and read its configurations and headers.
 
     `half`: prefer a file in half precision where there are both.
@@ -94,13 +108,13 @@ def describe(model: str | Path, half: bool = False, config: str | Path | None = 
         raise InputError(f"config {config}: describes a model in a single file, and {model} is none; leave it out")
     if place := _place_in_hub(str(model)):
         repository, revision, known = place
-        return _describe_folder(hub.fetch(repository, revision, half, known), str(model), half)
+        return _find_folder(hub.fetch(repository, revision, half, known), str(model), half)
     if str(model) == TINY:
-        return _describe_folder(hub.weights_folder() / TINY, TINY, half)
+        return _find_folder(hub.weights_folder() / TINY, TINY, half)
     if path.is_dir():
-        return _describe_folder(path, str(model), half)
+        return _find_folder(path, str(model), half)
     if path.exists():
-        return _describe_file(path, str(model), config)
+        return _find_file(path, str(model), config)
     raise ModelNotFoundError(
         f"model {str(model)!r} is unknown: no such file or folder; "
         f"use {', '.join((TINY, *hub.catalogue()))}, owner/name of the hub, a folder or a .safetensors file"
@@ -151,15 +165,15 @@ def _expand(path: str | Path) -> Path:
     return expanded
 
 
-def _describe_folder(folder: Path, name: str, half: bool) -> Description:
+def _find_folder(folder: Path, name: str, half: bool) -> Found:
     configs = _read_configs(folder)
     names = hub.file_names(folder)
     parts = {component: _open_component(folder, component, names, half) for component in hub.COMPONENTS}
     tokenizer = folder / "tokenizer"
-    return _match(name, configs, parts, lambda: load_tokenizer(tokenizer))
+    return Found(name, configs, parts, lambda: load_tokenizer(tokenizer))
 
 
-def _describe_file(path: Path, name: str, config: str | Path | None) -> Description:
+def _find_file(path: Path, name: str, config: str | Path | None) -> Found:
     if path.suffix != ".safetensors":
         refuse_disguise(path)
         raise CheckpointError(f"{path}: not a .safetensors file, the only kind of weights that is opened")
@@ -196,7 +210,7 @@ def _describe_file(path: Path, name: str, config: str | Path | None) -> Descript
         return load_tokenizer(found[0] if found else hub.fetch_tokenizer(), pad)
 
     directories = {"unet": parts.unet, "vae": parts.vae, "text_encoder": parts.text_encoder}
-    return _match(name, configs, directories, tokenizer)
+    return Found(name, configs, directories, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -227,8 +241,9 @@ def _open_component(folder: Path, component: str, names: set[str], half: bool) -
     return read_shards(path, read_json(path, name)) if path.suffix == ".json" else read_directory(path)
 
 
-def _match(name: str, configs: _Configs, parts: dict[str, Directory], tokenizer: Callable[[], Any]) -> Description:
-    """Rename what needs it and hold every tensor against the models, both ways."""
+def match(found: Found) -> Description:
+    """Rename what needs it and hold every tensor against the models, both ways; CheckpointError if one does not fit."""
+    configs = found.configs
     models = blank_models(configs.unet, configs.vae, configs.text)
     if configs.unet.context_dim != configs.text["hidden_size"]:
         raise CheckpointError(
@@ -240,15 +255,15 @@ def _match(name: str, configs: _Configs, parts: dict[str, Directory], tokenizer:
     for component, model in models.items():
         rename = renames[component]
         stored: dict[str, Stored] = {}
-        for key, entry in parts[component].items():
+        for key, entry in found.parts[component].items():
             if rename(key) in stored:
                 raise CheckpointError(f"{component} ({entry.file.name}): {rename(key)} is stored under two names")
             if not _is_counter(key):
                 stored[rename(key)] = entry
         wanted = {rename(key): key for key in model.state_dict() if not _is_counter(key)}
         matched[component] = _hold_against(component, stored, wanted, model.state_dict())
-    architecture = Architecture(name, configs.unet, configs.vae, configs.text, split_vae(matched))
-    return Description(architecture, configs.scheduler, tokenizer)
+    architecture = Architecture(found.name, configs.unet, configs.vae, configs.text, split_vae(matched))
+    return Description(architecture, configs.scheduler, found.tokenizer)
 
 
 def _hold_against(
