@@ -128,8 +128,9 @@ def read_into(stored: Stored, target: Tensor) -> None:
         if kind == target.dtype:
             _fill(file, flat)
             return
+        buffer = torch.empty(min(PIECE, len(flat)), dtype=kind)  # one: fresh memory takes longer than reading
         for piece in torch.split(flat, PIECE):
-            read = torch.empty(len(piece), dtype=kind)
+            read = buffer[: len(piece)]
             _fill(file, read)
             piece.copy_(read)
 
