@@ -1,7 +1,7 @@
 """Checkpoints to models: a catalogue name, a hub id, a folder in diffusers layout or one file.
 
-Three steps: `find` reads configurations and headers only; `match` settles which tensor goes
-where, both ways; `build` makes the models on the meta device, for the weights to come to.
+Three steps: `find` reads configurations and headers only; `match` makes the models on the meta
+device and settles which tensor goes where, both ways; `build` readies them for their weights.
 """
 
 from __future__ import annotations
@@ -69,9 +69,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Description:
-    """Everything about a checkpoint but its weights."""
+    """Everything about a checkpoint but its weights; the models are those it was held against."""
 
     architecture: Architecture
+    models: dict[str, Any]
     scheduler_config: SchedulerConfig
     tokenizer: Callable[[], Any]
 
@@ -145,14 +146,13 @@ def _place_in_hub(model: str) -> tuple[str, str | None, hub.Known | None] | None
 
 
 def build(description: Description, device: torch.device) -> Checkpoint:
-    """Make the models without weights."""
-    architecture = description.architecture
-    models = blank_models(architecture.unet, architecture.vae, architecture.text)
-    text_encoder = models["text_encoder"]
+    """The one checkpoint of a description, without weights."""
+    text_encoder = description.models["text_encoder"]
     for name, buffer in list(text_encoder.named_buffers()):
         if _is_counter(name):  # 0, 1, 2, ...: computed, not learned
             assign(text_encoder, name, torch.arange(buffer.shape[-1], device=device)[None])
-    return Checkpoint(architecture, description.scheduler_config, **models, tokenizer=description.tokenizer())
+    tokenizer = description.tokenizer()
+    return Checkpoint(description.architecture, description.scheduler_config, **description.models, tokenizer=tokenizer)
 
 
 def _expand(path: str | Path) -> Path:
@@ -263,7 +263,7 @@ def match(found: Found) -> Description:
         wanted = {rename(key): key for key in model.state_dict() if not _is_counter(key)}
         matched[component] = _hold_against(component, stored, wanted, model.state_dict())
     architecture = Architecture(found.name, configs.unet, configs.vae, configs.text, split_vae(matched))
-    return Description(architecture, configs.scheduler, found.tokenizer)
+    return Description(architecture, models, configs.scheduler, found.tokenizer)
 
 
 def _hold_against(
