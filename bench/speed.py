@@ -110,8 +110,8 @@ class Inputs:
     """What the networks are given, float32 and the same for everybody.
 
     pictures: an image and its mask. pixels: [1, 3, Y, X] on the CPU, where pictures are.
-    latents: [1, 4, y, x], unscaled. x, context: [n, 4 or 9, y, x] and [n, 77, D], a row without
-    and a row with the prompt for every picture.
+    latents: [1, 4, y, x], unscaled. x, context: [n, 4 or 9, y, x] and [2n, 77, D], for every picture
+    a row without and a row with the prompt.
     """
 
     pictures: tuple[Image.Image, Image.Image]
@@ -123,7 +123,7 @@ class Inputs:
 
 def make_inputs(architecture: Architecture, case: Case) -> Inputs:
     generator = torch.Generator().manual_seed(0)
-    side, rows = case.size // architecture.vae.factor, 2 * case.batch
+    side = case.size // architecture.vae.factor
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
@@ -132,8 +132,8 @@ def make_inputs(architecture: Architecture, case: Case) -> Inputs:
         make_input(case.size),
         normal(1, 3, case.size, case.size).clamp(-1, 1),
         normal(1, LATENT_CHANNELS, side, side).to(case.device),
-        normal(rows, architecture.unet.in_channels, side, side).to(case.device),
-        normal(rows, 77, architecture.unet.context_dim).to(case.device),
+        normal(case.batch, architecture.unet.in_channels, side, side).to(case.device),
+        normal(2 * case.batch, 77, architecture.unet.context_dim).to(case.device),
     )
 
 
@@ -160,7 +160,7 @@ class Ours:
     def network(self, run: Run, row: str) -> Work:
         inputs, dtype = self.inputs, self.case.dtype
         context = inputs.context.to(dtype)
-        t = torch.full((len(context),), TIMESTEP, device=self.case.device)
+        t = torch.full((len(inputs.x),), TIMESTEP, device=self.case.device)
         return {
             "encode": lambda: run.encode(inputs.pixels, dtype)[:, :LATENT_CHANNELS],
             "step": lambda: run.unet(inputs.x, t, context),
@@ -199,6 +199,7 @@ class Theirs:
     def network(self, row: str) -> Work:
         inputs, case = self.inputs, self.case
         x, context, latents = (z.to(case.dtype) for z in (inputs.x, inputs.context, inputs.latents))
+        x = torch.cat([x, x])
         t = torch.tensor(TIMESTEP, device=case.device)
 
         def encode() -> Tensor:
@@ -270,7 +271,7 @@ def count_flops(architecture: Architecture, case: Case, steps: int) -> dict[str,
     t = torch.zeros(2 * case.batch, device="meta")
     work = {
         "encode": lambda: models["vae"].encode(inputs.pixels.to("meta")),
-        "step": lambda: models["unet"](inputs.x, t, inputs.context),
+        "step": lambda: models["unet"](torch.cat([inputs.x, inputs.x]), t, inputs.context),
         "decode": lambda: models["vae"].decode(inputs.latents),
     }
     flops: dict[str, int] = {}
@@ -561,7 +562,7 @@ def parse_options() -> argparse.Namespace:
     add("--steps", type=int, default=50, help="of a run")
     add("--run-steps", type=int, default=None, help="steps really made; default: all on a GPU, 2 on the CPU")
     add("--calls", type=int, default=None, help="of a network, timed together; default: 10 on a GPU, 1 on the CPU")
-    add("--warm", type=int, default=None, help="untimed calls before; default: 1 on a GPU, 0 on the CPU")
+    add("--warm", type=int, default=1, help="untimed calls before those; default: 1")
     add("--device", default="cpu")
     add("--dtype", default=None, help="default: fp16 on a GPU, fp32 on the CPU")
     add(
@@ -577,7 +578,6 @@ def parse_options() -> argparse.Namespace:
         "batches": ([1, 4], [1]),
         "run_steps": (options.steps, min(2, options.steps)),
         "calls": (10, 1),
-        "warm": (1, 0),
         "dtype": ("fp16", "fp32"),
         "compiled": (True, False),
     }

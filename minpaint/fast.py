@@ -53,7 +53,8 @@ NARROW = 128  # channels; Winograd's way pays for layers as wide as this
 SMALL = 16 * 16  # cells; and for maps as large
 FEWEST_TILES = 128  # that go through together: fewer make poor matrix products,
 CHUNK = 2**16  # and numbers of one place of the tiles: more would leave the cache
-SLICE = 2**22  # numbers of the transformed weights made at a time
+FEW_TILES = 64  # fewer than this are the right-hand side of the products, which is quicker then
+OUTPUTS = 320  # channels whose weights are transformed at a time
 
 
 @dataclass
@@ -143,30 +144,32 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if x.is_meta:
         del chunks[1:]  # one takes the memory that all take
     data, result = _both_ways(DATA, x.device), _both_ways(OUTPUT, x.device)
-    parts = torch.split(weight, max(SLICE // (36 * channels), 32))
-    filters: Iterable[Tensor] = map(_transformed, parts)
+    filters: Iterable[Tensor] = map(_transformed, torch.split(weight, OUTPUTS))
     if len(chunks) > 1:
         filters = list(filters)  # needed more than once
     bias = bias.float()
     for image, row in chunks:
         place = (slice(image, image + images), slice(row, row + rows))
         cells = tiles[:, :, place[0], place[1]]
-        shape = (4, 4, *cells.shape[2:5], -1)
         seen = torch.mm(data, cells.reshape(36, -1)).view(36, -1, channels)
-        first = 0
+        count, first = seen.shape[1], 0
         for transformed in filters:
-            last = first + transformed.shape[2]
-            made = torch.mm(result, torch.bmm(seen, transformed).view(36, -1)).view(shape)
-            torch.add(made.permute(2, 3, 0, 4, 1, 5), bias[first:last], out=out[(*place, ..., slice(first, last))])
+            last = first + transformed.shape[1]
+            if count < FEW_TILES:
+                made = torch.mm(result, torch.bmm(transformed, seen.mT).view(36, -1)).view(16, -1, count).mT
+            else:
+                made = torch.mm(result, torch.bmm(seen, transformed.mT).view(36, -1)).view(16, count, -1)
+            made = made.view(4, 4, *cells.shape[2:5], -1).permute(2, 3, 0, 4, 1, 5)
+            torch.add(made, bias[first:last], out=out[(*place, ..., slice(first, last))])
             first = last
     return out.view(batch, 4 * down, 4 * across, outputs)[:, :height, :width].permute(0, 3, 1, 2)
 
 
 def _transformed(weight: Tensor) -> Tensor:
-    """Filters [o, c, 3, 3] -> [36, c, o] float32."""
+    """Filters [o, c, 3, 3] -> [36, o, c] float32."""
     outputs, channels = weight.shape[:2]
     flat = weight.float().reshape(outputs * channels, 9)
-    return torch.mm(_both_ways(FILTER, weight.device), flat.t()).view(36, outputs, channels).transpose(1, 2)
+    return torch.mm(_both_ways(FILTER, weight.device), flat.t()).view(36, outputs, channels)
 
 
 @cache

@@ -228,8 +228,7 @@ class Painter:
 
         def model(x: Tensor, t: int) -> Tensor:
             inputs = x if conditioning is None else torch.cat([x, conditioning], dim=1)
-            inputs = torch.cat([inputs] * (len(contexts) // len(x)))
-            ts = torch.full((len(inputs),), t, device=self.device)
+            ts = torch.full((len(x),), t, device=self.device)
             output = job.run.unet(inputs, ts, contexts)
             watch.look(output, t)
             if len(output) == len(x):

@@ -160,15 +160,21 @@ class Run:
     def unet(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """The UNet's prediction in float32, for a batch that may be split.
 
-        The same context tensor in every call means that what depends on it alone is computed once.
+        x [n, 4 or 9, y, x], t [n], context [n or 2n, 77, D]: of twice as many rows the first n and
+        the last n are for the same x. The same context tensor in every call means that what
+        depends on it alone is computed once.
         """
-        unet = self.networks.unet
+        unet, guided = self.networks.unet, len(context) > len(x)
+        if guided:
+            x, t = torch.cat([x, x]), torch.cat([t, t])
 
         def call(phase: Phase) -> Tensor:
             if self.prompt is None or self.prompt.context is not context:
                 self._ask(phase, context)
-            with self._accelerated(phase, unet) as arithmetic:
-                if self.replay is not None and not is_watched(unet):
+            watched = is_watched(unet)
+            paired = guided and phase.batch >= len(x) and not watched
+            with self._accelerated(phase, unet, paired) as arithmetic:
+                if self.replay is not None and not watched:
                     return self.replay(x.to(arithmetic), t).float()
                 batches = (split(tensor, phase.batch) for tensor in (x.to(arithmetic), t, context))
                 outputs = [unet(*batch).float() for batch in zip(*batches, strict=True)]
@@ -192,14 +198,15 @@ class Run:
             self.replay = Replay(lambda x, t: unet(x, t, context), self.device)
 
     @contextmanager
-    def _accelerated(self, phase: Phase, network: nn.Module) -> Iterator[torch.dtype]:
+    def _accelerated(self, phase: Phase, network: nn.Module, paired: bool = False) -> Iterator[torch.dtype]:
         """For a call of a network; gives the number format that it then takes."""
         if not self._knows(network):
             yield phase.dtype
             return
         keep_heap(self.device, phase.keeps)
         arithmetic = None if self.device.type == "cuda" else phase.arithmetic
-        with accelerated(network, arithmetic, phase.fast, self.prompt if phase.fast else None):
+        prompt = self.prompt if phase.fast else None
+        with accelerated(network, arithmetic, phase.fast, prompt, paired and phase.fast):
             yield phase.arithmetic
 
     def _knows(self, network: nn.Module) -> bool:

@@ -387,9 +387,9 @@ class Planner:
             context = empty(request.rows, tokens, config.unet.context_dim, dtype=self.dtype)
             t = torch.zeros(request.rows, device="meta")
             parts = zip(*(split(each, way.batch) for each in (x.to(self.arithmetic), t, context)), strict=True)
-            prompt = Prompt(context) if way.fast else None
-            with accelerated(unet, *forms, prompt):
-                if prompt is not None and way.batch >= request.rows:
+            prompt, whole = Prompt(context) if way.fast else None, way.batch >= request.rows
+            with accelerated(unet, *forms, prompt, way.fast and whole and request.guided):
+                if prompt is not None and whole:
                     prompt.fill(unet)
                 outputs = [unet(*part).float() for part in itertools.islice(parts, 2)]
             torch.cat(outputs)

@@ -29,17 +29,19 @@ CPU = torch.device("cpu")
     height=st.integers(1, 40),
     width=st.integers(1, 40),
     together=st.sampled_from([1, 5, 128]),
+    few=st.sampled_from([0, 10**6]),
 )
 def test_winograds_convolution_is_a_convolution(
-    batch: int, channels: int, outputs: int, height: int, width: int, together: int
+    batch: int, channels: int, outputs: int, height: int, width: int, together: int, few: int
 ) -> None:
     generator = torch.Generator().manual_seed(batch * height + width)
     x = torch.randn(batch, channels, height, width, generator=generator)
     weight, bias = torch.randn(outputs, channels, 3, 3, generator=generator), torch.randn(outputs, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast, "FEWEST_TILES", together)
+        patch.setattr(fast, "FEW_TILES", few)
         patch.setattr(fast, "CHUNK", 1)
-        patch.setattr(fast, "SLICE", 1)
+        patch.setattr(fast, "OUTPUTS", 32)
         found = fast._winograd(x, weight, bias)
     exact = nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     assert found.shape == exact.shape
