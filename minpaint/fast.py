@@ -9,6 +9,8 @@ Nothing is held beside the weights: what a layer wants in another form is made w
 - Weights in half precision are widened a layer at a time where the processor is no slower in
   float32 (memory.choose_arithmetic): fewer roundings, and the memory of half precision.
 - Keys and values of the prompt, the same in every step, are computed once.
+- With guidance every latent goes through twice, beside either prompt: what lies before the first
+  attention to the prompt is computed for one of the two.
 """
 
 from __future__ import annotations
@@ -49,6 +51,9 @@ OUTPUT = (
     (0, 1, -1, 8, -8, 1),
 )
 
+FIRST = "down_blocks.0.attentions.0"  # of a UNet's transformers
+BEFORE_PROMPT = ("conv_in", "down_blocks.0.resnets.0", f"{FIRST}.proj_in", f"{FIRST}.transformer_blocks.0.attn1")
+
 NARROW = 128  # channels; Winograd's way pays for layers as wide as this
 SMALL = 16 * 16  # cells; and for maps as large
 FEWEST_TILES = 128  # that go through together: fewer make poor matrix products,
@@ -81,30 +86,44 @@ class Prompt:
 
 @contextmanager
 def accelerated(
-    network: nn.Module, arithmetic: torch.dtype | None, quick: bool = True, prompt: Prompt | None = None
+    network: nn.Module,
+    arithmetic: torch.dtype | None,
+    quick: bool = True,
+    prompt: Prompt | None = None,
+    paired: bool = False,
 ) -> Iterator[None]:
     """For calls of a network: with its layers in other forms, and the prompt's keys and values known.
 
     arithmetic: the number format that the network then takes and gives, whatever its weights are
     in; None leaves the layers as they are written. quick: with forms that take memory of their own
-    as well.
+    as well. paired: the second half of a UNet's rows differs from the first in its context alone.
     """
-    put: list[tuple[nn.Module, str]] = []
+    before: list[tuple[dict[str, Any], str, dict[str, Any]]] = []
 
     def replace(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-        vars(module)[name] = function
-        put.append((module, name))
+        own = vars(module)
+        before.append((own, name, {name: own[name]} if name in own else {}))
+        own[name] = function
 
     try:
-        for module in network.modules():
+        for name, module in network.named_modules():
             if arithmetic is not None and type(module) in FORMS:
                 replace(module, "forward", partial(FORMS[type(module)], module, arithmetic, quick))
             if prompt is not None and isinstance(module, Attention):
                 replace(module, "keys_values", partial(prompt.keys_values, module))
+            if paired and name in BEFORE_PROMPT:
+                replace(module, "forward", partial(_for_one_half, module.forward))
         yield
     finally:
-        for module, name in put:
-            del vars(module)[name]
+        for own, name, there in reversed(before):
+            own.pop(name)
+            own.update(there)
+
+
+def _for_one_half(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """A function of rows of which the second half is as the first."""
+    half = forward(*(x[: len(x) // 2] for x in inputs))
+    return torch.cat([half, half])
 
 
 def is_known(network: nn.Module) -> bool:

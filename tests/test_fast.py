@@ -173,6 +173,30 @@ def test_guidance_towards_the_same_prompt_is_not_computed(checkpoint: Callable[[
     assert torch.equal(same.latents, without.latents)
 
 
+@pytest.mark.parametrize("family", ["small-sd1", "small-sd2", "small-sd1-4ch"])
+def test_what_comes_before_the_prompt_is_computed_once(checkpoint: Callable[[str], Path], family: str) -> None:
+    painter = minpaint.load(checkpoint(family), "cpu", "fp32")
+    x, t, context = inputs(painter)
+    x = torch.cat([x[:1], x[:1]])
+    plain, attn1 = painter.unet(x, t, context), painter.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    rows: list[int] = []
+
+    def watch(x: Tensor) -> Tensor:
+        rows.append(len(x))
+        return type(attn1).forward(attn1, x)
+
+    attn1.forward = watch
+    with accelerated(painter.unet, torch.float32, paired=True):
+        assert relative_error(painter.unet(x, t, context), plain) < 1e-5
+    assert attn1.forward is watch
+    painter(make_picture(), make_mask(), "a dog", steps=1, count=2)
+    painter(make_picture(), make_mask(), "a dog", steps=1, count=2, guidance=1)
+    assert rows == [1, 2, 2]
+    attn1.register_forward_hook(lambda *_: None)  # who looks sees all rows
+    painter(make_picture(), make_mask(), "a dog", steps=1, count=2)
+    assert rows[3:] == [4]
+
+
 def test_number_formats_are_chosen_by_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))
     monkeypatch.setattr(memory.time, "perf_counter", lambda: float(next(clock)))  # all products take as long
