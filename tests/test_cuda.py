@@ -55,6 +55,7 @@ def test_half_precision_stays_near_the_cpus_float32(
 ) -> None:
     on_gpu = minpaint.load(checkpoint("small-sd1"), device="cuda", dtype=dtype)
     assert next(on_gpu.unet.parameters()).device.type == "cuda"
+    assert on_gpu.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     [a] = on_gpu(picture, mask, "a dog", steps=6, eta=0.5)
     [b] = painter("small-sd1")(picture, mask, "a dog", steps=6, eta=0.5)
     assert a.latents.device.type == "cpu"
