@@ -59,7 +59,7 @@ SMALL = 16 * 16  # cells; and for maps as large
 FEWEST_TILES = 128  # that go through together: fewer make poor matrix products,
 CHUNK = 2**16  # and numbers of one place of the tiles: more would leave the cache
 FEW_TILES = 64  # fewer than this are the right-hand side of the products, which is quicker then
-OUTPUTS = 320  # channels whose weights are transformed at a time
+OUTPUTS = 320  # channels whose weights are transformed, or widened, at a time
 
 
 @dataclass
@@ -143,7 +143,11 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: 
         return _winograd(x, weight, bias)
     if quick and small:
         x = x.contiguous()  # NCHW: the library is quicker to reorder the weights for it, which is most of the work
-    return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride, padding)
+    parts = [(weight, bias)]
+    if not quick and weight.dtype != x.dtype:  # never all of a layer in both number formats
+        parts = list(zip(torch.split(weight, OUTPUTS), torch.split(bias, OUTPUTS), strict=True))
+    made = [F.conv2d(x, part.to(x.dtype), add.to(x.dtype), stride, padding) for part, add in parts]
+    return made[0] if len(made) == 1 else torch.cat(made, dim=1)
 
 
 def _winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ def test_winograds_convolution_is_a_convolution(
     assert relative_error(found, exact) < 1e-5
 
 
+@pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("channels", "outputs", "kernel", "stride", "padding", "side"),
@@ -60,15 +61,24 @@ def test_winograds_convolution_is_a_convolution(
     ],
 )
 def test_every_shape_of_convolution_finds_a_form(
-    channels: int, outputs: int, kernel: int, stride: int, padding: int, side: int, kind: torch.dtype
+    channels: int,
+    outputs: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    side: int,
+    kind: torch.dtype,
+    quick: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(fast, "OUTPUTS", 50)
     x = torch.randn(2, channels, side, side)
     weight, bias = torch.randn(outputs, channels, kernel, kernel).to(kind), torch.randn(outputs).to(kind)
     exact = nn.functional.conv2d(x, weight.float(), bias.float(), stride, padding)
-    wide = convolve(x, weight, bias, stride, padding)
+    wide = convolve(x, weight, bias, stride, padding, quick)
     assert wide.dtype == torch.float32
     assert relative_error(wide, exact) < 1e-5
-    assert convolve(x.to(kind), weight, bias, stride, padding).dtype == kind
+    assert convolve(x.to(kind), weight, bias, stride, padding, quick).dtype == kind
 
 
 @pytest.fixture
