@@ -185,7 +185,7 @@ class Run:
     def close(self) -> None:
         """Let go of what was kept between calls; more of them may follow."""
         self._forget()
-        keep_heap(self.device, False)
+        keep_heap(self.device, None)
 
     def _forget(self) -> None:
         self.prompt, self.replay = None, None

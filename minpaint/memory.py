@@ -36,7 +36,8 @@ UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 # glibc's malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
 HEAP_KEEPS = ((-4, 0), (-1, 2**31 - 1))
-HEAP_GIVES = ((-4, 65536), (-1, 2**26), (-3, 2**25))
+HEAP_GIVES = ((-4, 65536), (-1, 2**20), (-3, 2**20))
+HEAP_ALONE = ((-4, 65536), (-1, 2**26), (-3, 2**25))
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -206,18 +207,19 @@ def give_back(device: torch.device) -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def keep_heap(device: torch.device, keep: bool) -> None:
-    """Let the CPU's heap keep what is freed, for the next tensors, instead of giving it back at once.
+def keep_heap(device: torch.device, keep: bool | None) -> None:
+    """Let the CPU's heap keep what is freed, for the next tensors, or give back all of it at once.
 
     glibc maps every large block anew and unmaps it when it is freed, and the system clears its
-    pages each time: a good part of a VAE pass. Not keeping is the state that glibc reaches by itself
-    in a process that frees large blocks. Elsewhere this does nothing.
+    pages each time: a good part of a VAE pass. None is the state that glibc reaches by itself in a
+    process that frees large blocks: those up to 32 MiB are kept, and how many of them lie around
+    unused differs from run to run. Elsewhere this does nothing.
     """
     if device.type == "cuda" or sys.platform != "linux":
         return
     with suppress(AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in HEAP_KEEPS if keep else HEAP_GIVES:
+        for option, value in HEAP_ALONE if keep is None else HEAP_KEEPS if keep else HEAP_GIVES:
             mallopt(option, value)
 
 
