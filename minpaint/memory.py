@@ -34,10 +34,12 @@ UNITS = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 UNITS |= {f"{unit}b": size for unit, size in UNITS.items() if unit not in ("", "b")}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
-# glibc's malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
-HEAP_KEEPS = ((-4, 0), (-1, 2**31 - 1))
-HEAP_GIVES = ((-4, 65536), (-1, 2**20), (-3, 2**20))
-HEAP_ALONE = ((-4, 65536), (-1, 2**26), (-3, 2**25))
+# by what keep_heap is asked for; glibc's malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+HEAP: dict[bool | None, tuple[tuple[int, int], ...]] = {
+    True: ((-4, 0), (-1, 2**31 - 1)),
+    False: ((-4, 65536), (-1, 2**20), (-3, 2**20)),
+    None: ((-4, 65536), (-1, 2**26), (-3, 2**25)),
+}
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -219,7 +221,7 @@ def keep_heap(device: torch.device, keep: bool | None) -> None:
         return
     with suppress(AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in HEAP_ALONE if keep is None else HEAP_KEEPS if keep else HEAP_GIVES:
+        for option, value in HEAP[keep]:
             mallopt(option, value)
 
 

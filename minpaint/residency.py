@@ -133,8 +133,8 @@ class Part:
     def _placed(self, tensor: Tensor) -> Tensor:
         """A tensor on the device in the order that is quickest there.
 
-        A GPU's convolutions in half precision want channels together; the VAE's stay as they are,
-        because its group norms would then take a copy of its largest maps.
+        A GPU's convolutions in half precision want channels together. The VAE's stay as they are: its
+        group norms may take a copy of such maps, and none is planned.
         """
         if self.device.type == "cuda" and self.name == "unet" and tensor.dim() == 4:
             return tensor.contiguous(memory_format=torch.channels_last)
