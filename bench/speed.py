@@ -57,6 +57,7 @@ from bench.versus_diffusers import NEGATIVE, PROMPT, append, compare, make_input
 from minpaint.checkpoint import outline
 from minpaint.inpaint import Painter
 from minpaint.machine import Run
+from minpaint.measure import measure
 from minpaint.memory import (
     choose_device,
     choose_dtype,
@@ -65,7 +66,6 @@ from minpaint.memory import (
     free_memory,
     give_back,
     is_out_of_memory,
-    measure,
     peak_memory,
     used_memory,
     without_gradients,

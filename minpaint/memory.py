@@ -10,20 +10,14 @@ import re
 import sys
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from minpaint.errors import InputError, MinpaintWarning
 
@@ -349,80 +343,6 @@ def exact(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolution, product
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Peak bytes of a piece of work: of its live tensors, and with the copies its kernels may make."""
-
-    live: int
-    total: int
-
-
-def measure(work: Callable[[], object], fused: bool = True) -> Usage:
-    """What a piece of work takes beyond the tensors that were there before.
-
-    Every storage that an operation makes is counted from then until it is freed, in the
-    allocator's steps of 512 bytes. With tensors on the meta device nothing is computed and the
-    answer is the same. A convolution may hold a copy of its operands in a layout of its own;
-    such copies cannot be seen, and are added to `total`. `fused`: see `attention_is_fused`.
-    """
-    with _Attention(fused), _Counter() as counter:
-        work()
-    return Usage(counter.peak, counter.most)
-
-
-CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)
-
-
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = self.most = 0
-        self.storages: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
-                self._count(x.untyped_storage())
-        operands = (args[0], args[1], out) if func in CONVOLUTIONS else ()
-        self.peak = max(self.peak, self.live)
-        self.most = max(self.most, self.live + sum(x.nbytes for x in operands))
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
-        if key in self.storages:
-            return
-
-        def gone(_: object) -> None:
-            self.live -= size
-            del self.storages[key]
-
-        self.storages[key] = weakref.ref(storage, gone)
-        self.live += size
-
-
-class _Attention(TorchFunctionMode):
-    """Attention on the meta device as the kernels do it.
-
-    Fused: the output and a sum a row. Otherwise with all scores, in float32
-    (aten/src/ATen/native/transformers/attention.cpp, _scaled_dot_product_attention_math).
-    """
-
-    def __init__(self, fused: bool) -> None:
-        self.fused = fused
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention or not args[0].is_meta:
-            return func(*args, **(kwargs or {}))
-        q, k, v = args[:3]
-        if not self.fused:
-            return (torch.softmax(q.float() @ k.float().transpose(-2, -1), dim=-1) @ v.float()).to(q.dtype)
-        torch.empty(q.shape[:-1], device="meta")
-        return torch.empty_like(q)
 
 
 def _status(name: str) -> int:

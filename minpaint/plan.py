@@ -1,7 +1,7 @@
 """What a run will take, found out before anything is loaded, and the fastest way that fits a budget.
 
 The networks themselves are run on the meta device, where tensors have shapes and no numbers,
-while a counter follows the bytes that are alive (memory.measure); so the prediction cannot drift
+while a counter follows the bytes that are alive (measure.py); so the prediction cannot drift
 from the code. What is added to that is said at the constants below.
 """
 
@@ -22,7 +22,8 @@ from minpaint.banded import Bands, set_bands
 from minpaint.config import Json, UNetConfig, VAEConfig
 from minpaint.errors import BudgetError
 from minpaint.fast import Prompt, accelerated
-from minpaint.memory import attention_is_fused, choose_arithmetic, format_size, measure, without_gradients
+from minpaint.measure import measure
+from minpaint.memory import attention_is_fused, choose_arithmetic, format_size, without_gradients
 from minpaint.residency import Division, divide, total_size
 from minpaint.tensorfile import Directory, Stored
 from minpaint.text import build_text_encoder

@@ -33,6 +33,7 @@ ORDER = [
     "frame",
     "fast",
     "memory",
+    "measure",
     "tensorfile",
     "residency",
     "plan",

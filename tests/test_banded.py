@@ -12,7 +12,7 @@ from torch import Tensor
 from minpaint.attention import Attention, attend
 from minpaint.banded import Bands, set_bands
 from minpaint.config import vae_config
-from minpaint.memory import measure
+from minpaint.measure import measure
 from minpaint.plan import set_query_rows
 from minpaint.vae import VAE
 from weights.random_checkpoint import FAMILIES, randomise

@@ -22,7 +22,8 @@ from minpaint.checkpoint import outline
 from minpaint.config import text_config, unet_config, vae_config
 from minpaint.errors import MinpaintWarning
 from minpaint.inpaint import Painter, open_frame, open_painter
-from minpaint.memory import capped, choose_budget, give_back, is_out_of_memory, measure, used_memory
+from minpaint.measure import measure
+from minpaint.memory import capped, choose_budget, give_back, is_out_of_memory, used_memory
 from minpaint.plan import PHASES, Architecture, Planner, Request, blank_models, split_vae
 from minpaint.residency import divide
 from minpaint.settings import Settings

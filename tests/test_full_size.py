@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from minpaint import machine
 from minpaint.config import unet_config, vae_config
 from minpaint.inpaint import open_frame, open_painter
-from minpaint.memory import measure
+from minpaint.measure import measure
 from minpaint.settings import Settings
 from minpaint.unet import UNet
 from minpaint.vae import VAE
