@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 bad usage or bad input; 3 the budget cannot hold; 1 anythi
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -199,6 +200,25 @@ def _quieten() -> None:
 
 
 @contextmanager
+def _no_collection() -> Iterator[Callable[[], None]]:
+    """Without looking for garbage until what is given is called, and then not among what is there by now.
+
+    What is imported and loaded is a great many objects, nearly all of which stay.
+    """
+
+    def begin() -> None:
+        gc.freeze()
+        gc.enable()
+
+    gc.disable()
+    try:
+        yield begin
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
+@contextmanager
 def _told(note: Callable[[str], None]) -> Iterator[None]:
     """Our warnings as one line each, and nobody else's."""
     with warnings.catch_warnings():
@@ -310,13 +330,12 @@ def _paint(options: argparse.Namespace) -> None:
     _quieten()
     if options.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from minpaint.frame import explain
-    from minpaint.hub import fingerprint
-    from minpaint.inpaint import open_frame, open_painter
-    from minpaint.memory import dtype_name, format_size
-    from minpaint.saving import check_target, save
+    with _told(note), _Progress(options.quiet) as progress, ThreadPoolExecutor(1) as beside, _no_collection() as loaded:
+        from minpaint.frame import explain
+        from minpaint.inpaint import open_frame, open_painter
+        from minpaint.memory import dtype_name, format_size
+        from minpaint.saving import check_target, save
 
-    with _told(note), _Progress(options.quiet) as progress, ThreadPoolExecutor(1) as beside:
         # all that is cheap to find out comes before the weights
         settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
         targets = _targets(options)
@@ -327,17 +346,8 @@ def _paint(options: argparse.Namespace) -> None:
             if isinstance(target, Path):
                 check_target(target, frame.original.size)
 
-        hashes: list[Future[str]] = []  # taken while the main thread imports what the text encoder needs
-        painter = open_painter(
-            options.model or "tiny",
-            options.device,
-            options.dtype,
-            options.budget,
-            options.config,
-            lambda files: hashes.append(beside.submit(fingerprint, files)),
-        )
+        painter = open_painter(options.model or "tiny", options.device, options.dtype, options.budget, options.config)
         note(f"{painter.name} on {painter.device}, {dtype_name(painter.dtype)}")
-        record = beside.submit(_record, options, settings, painter, image, mask, hashes[0])
         if options.explain_mask is not None:
             views = painter.views(frame, settings)
             if len(views) > 1:
@@ -345,7 +355,17 @@ def _paint(options: argparse.Namespace) -> None:
             canvas = painter.canvas(frame, settings, views[0], [frame.begin()])
             save(explain(frame, views[0], canvas), None, None, Path(options.explain_mask))
             note(f"wrote {options.explain_mask}")
-        paintings = painter.paint(frame, settings, progress)
+        records: list[Future[dict[str, Any]]] = []
+
+        def on_step(step: Step) -> None:
+            progress(step)
+            if not records:
+                loaded()
+                # hashing the weights takes seconds of a core, and would have held up the first step
+                records.append(beside.submit(_record, options, settings, painter, image, mask))
+
+        paintings = painter.paint(frame, settings, on_step)
+        [record] = records
         if hasattr(options, "repeats"):
             _compare_records(options.repeats, record.result(), note)
 
@@ -394,15 +414,13 @@ def _paint(options: argparse.Namespace) -> None:
         print(json.dumps(report))
 
 
-def _record(
-    options: argparse.Namespace, settings: Any, painter: Any, image: Any, mask: Any, model: Future[str]
-) -> dict[str, Any]:
+def _record(options: argparse.Namespace, settings: Any, painter: Any, image: Any, mask: Any) -> dict[str, Any]:
     """All that is needed to paint the picture again, but for the seed of each."""
     import hashlib
 
     import torch
 
-    from minpaint.hub import sha256
+    from minpaint.hub import fingerprint, sha256
     from minpaint.memory import dtype_name
 
     def digest(source: str | BytesIO | None) -> str | None:
@@ -413,7 +431,7 @@ def _record(
     return {
         "minpaint": __version__,
         "model": options.model or "tiny",
-        "model_sha256": model.result(),
+        "model_sha256": fingerprint(painter.machine.checkpoint.files),
         "config": options.config,
         "image": options.image,
         "image_sha256": digest(image),

@@ -44,7 +44,7 @@ from minpaint.text import load_tokenizer
 from minpaint.unet import UNet
 from minpaint.vae import VAE
 
-FILE_ORDER = ("unet", "vae", "text_encoder")  # of the files, in records
+FILE_ORDER = ("unet", "encoder", "decoder", "text_encoder")  # of the files, in records
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")  # of files, not of hub ids like owner/sd-2.1
 TINY = "tiny"  # the checkpoint that comes with the program
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -54,17 +54,12 @@ OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn
 
 @dataclass(frozen=True)
 class Found:
-    """What there is of a checkpoint: configurations, and headers by model, with the names of the files."""
+    """What there is of a checkpoint: configurations, and headers by model."""
 
     name: str
     configs: _Configs
     parts: dict[str, Directory]
     tokenizer: Callable[[], Any]
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Where the weights are."""
-        return tuple(dict.fromkeys(stored.file for part in FILE_ORDER for stored in self.parts[part].values()))
 
 
 @dataclass(frozen=True)
@@ -87,6 +82,12 @@ class Checkpoint:
     vae: VAE
     text_encoder: nn.Module
     tokenizer: Any
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Where the weights are."""
+        parts = self.architecture.directories
+        return tuple(dict.fromkeys(stored.file for part in FILE_ORDER for stored in parts[part].values()))
 
 
 def describe(model: str | Path, half: bool = False, config: str | Path | None = None) -> Description:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minpaint.canvas import Canvas, View, choose_views, reference_canvas
-from minpaint.checkpoint import Checkpoint, build, find, match
+from minpaint.checkpoint import Checkpoint, build, describe
 from minpaint.errors import MinpaintError, MinpaintWarning
 from minpaint.frame import Frame, make_frame
 from minpaint.image import ImageSource, open_image, to_image, to_levels
@@ -347,19 +347,12 @@ def open_painter(
     dtype: str | torch.dtype,
     budget: str | int | None,
     config: str | Path | None,
-    told: Callable[[tuple[Path, ...]], object] | None = None,
 ) -> Painter:
-    """`minpaint.load` for a single painting: the weights come for their phase, and go.
-
-    told: called with the files of the weights as soon as they are known.
-    """
+    """`minpaint.load` for a single painting: the weights come for their phase, and go."""
     place = choose_device(device)
     number_format = choose_dtype(dtype, place)
     size = choose_budget(budget, place)
-    found = find(model, number_format == torch.float16, config)
-    if told is not None:
-        told(found.files)
-    checkpoint = build(match(found), place)
+    checkpoint = build(describe(model, number_format == torch.float16, config), place)
     return Painter(checkpoint, place, number_format, size)
 
 
