@@ -1,10 +1,13 @@
 """The same layers computed in less time, put on a network from outside and taken off again.
 
-Nothing is held beside the weights: what a layer wants in another form is made when it is called.
+What a layer wants in another form is made when it is called, and let go after it, but for the
+filters of the first kind where the plan has room for them.
 
-- A 3x3 convolution by Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2016, arXiv:1509.09308,
-  section 4.1): 36 products for 16 outputs where the definition takes 144. The transforms are matrix
-  products themselves, and a few tiles go through at a time, which stay in the processor's cache.
+- A 3x3 convolution by Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2016, arXiv:1509.09308):
+  36 products for 16 outputs where the definition takes 144. The transforms are matrix products
+  themselves, and a few tiles go through at a time, which stay in the processor's cache. On a small
+  map most of the work is to transform the filters, so that it pays to hold them from step to step;
+  and then, on the smallest, F(2x2, 3x3), whose filters take less than half of the memory.
 - Feature maps lie with their channels together (NHWC), so that attention needs no transposition.
 - Weights in half precision are widened a layer at a time where the processor is no slower in
   float32 (memory.choose_arithmetic): fewer roundings, and the memory of half precision.
@@ -27,38 +30,77 @@ from torch import Tensor, nn
 
 from minpaint.attention import Attention, TransformerBlock
 
-# Lavin & Gray, section 4.2: the data's, the filter's and the output's transform in one dimension.
-DATA = (
-    (4, 0, -5, 0, 1, 0),
-    (0, -4, -4, 1, 1, 0),
-    (0, 4, -4, -1, 1, 0),
-    (0, -2, -1, 2, 1, 0),
-    (0, 2, -1, -2, 1, 0),
-    (0, 4, 0, -5, 0, 1),
+Matrix = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Filtering:
+    """F(m x m, 3x3): a tile of (m + 2)^2 cells gives m^2 outputs.
+
+    data, filter, output: each one's transform in one dimension, [m + 2, m + 2], [m + 2, 3], [m, m + 2].
+    """
+
+    data: Matrix
+    filter: Matrix
+    output: Matrix
+
+    @property
+    def side(self) -> int:
+        """m"""
+        return len(self.output)
+
+    def filters(self, weight: Tensor) -> Iterator[Tensor]:
+        """Filters [o, c, 3, 3] -> as many float32 tensors [(m + 2)^2, some of o, c] as are made at a time."""
+        transform = _both_ways(self.filter, weight.device)
+        for part in torch.split(weight, OUTPUTS):
+            flat = part.float().reshape(-1, 9)
+            yield torch.mm(transform, flat.t()).view(len(transform), len(part), -1)
+
+
+# Lavin & Gray, section 4.1
+F2 = Filtering(
+    data=((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
+    filter=((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
+    output=((1, 1, 1, 0), (0, 1, -1, -1)),
 )
-FILTER = (
-    (1 / 4, 0, 0),
-    (-1 / 6, -1 / 6, -1 / 6),
-    (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6),
-    (1 / 24, -1 / 12, 1 / 6),
-    (0, 0, 1),
+# and section 4.2
+F4 = Filtering(
+    data=(
+        (4, 0, -5, 0, 1, 0),
+        (0, -4, -4, 1, 1, 0),
+        (0, 4, -4, -1, 1, 0),
+        (0, -2, -1, 2, 1, 0),
+        (0, 2, -1, -2, 1, 0),
+        (0, 4, 0, -5, 0, 1),
+    ),
+    filter=(
+        (1 / 4, 0, 0),
+        (-1 / 6, -1 / 6, -1 / 6),
+        (-1 / 6, 1 / 6, -1 / 6),
+        (1 / 24, 1 / 12, 1 / 6),
+        (1 / 24, -1 / 12, 1 / 6),
+        (0, 0, 1),
+    ),
+    output=(
+        (1, 1, 1, 1, 1, 0),
+        (0, 1, -1, 2, -2, 0),
+        (0, 1, 1, 4, 4, 0),
+        (0, 1, -1, 8, -8, 1),
+    ),
 )
-OUTPUT = (
-    (1, 1, 1, 1, 1, 0),
-    (0, 1, -1, 2, -2, 0),
-    (0, 1, 1, 4, 4, 0),
-    (0, 1, -1, 8, -8, 1),
-)
+
+Held = dict[Filtering, list[Tensor]]  # of one layer
 
 FIRST = "down_blocks.0.attentions.0"  # of a UNet's transformers
 BEFORE_PROMPT = ("conv_in", "down_blocks.0.resnets.0", f"{FIRST}.proj_in", f"{FIRST}.transformer_blocks.0.attn1")
 
 NARROW = 128  # channels; Winograd's way pays for layers as wide as this
-SMALL = 16 * 16  # cells; and for maps as large
+SMALL = 16 * 16  # cells; F(4x4) pays for maps as large,
+SMALLEST = 8 * 8  # and F(2x2), with filters that are held, for these
 FEWEST_TILES = 128  # that go through together: fewer make poor matrix products,
 CHUNK = 2**16  # and numbers of one place of the tiles: more would leave the cache
 FEW_TILES = 64  # fewer than this are the right-hand side of the products, which is quicker then
+MANY_TILES = 256  # beside as many as this, transforming the filters is little work, and they are not held
 OUTPUTS = 320  # channels whose weights are transformed, or widened, at a time
 
 
@@ -91,12 +133,14 @@ def accelerated(
     quick: bool = True,
     prompt: Prompt | None = None,
     paired: bool = False,
+    held: dict[nn.Module, Held] | None = None,
 ) -> Iterator[None]:
     """For calls of a network: with its layers in other forms, and the prompt's keys and values known.
 
     arithmetic: the number format that the network then takes and gives, whatever its weights are
     in; None leaves the layers as they are written. quick: with forms that take memory of their own
     as well. paired: the second half of a UNet's rows differs from the first in its context alone.
+    held: where transformed filters are kept for the next call; the weights must stay as they are.
     """
     before: list[tuple[dict[str, Any], str, dict[str, Any]]] = []
 
@@ -108,7 +152,10 @@ def accelerated(
     try:
         for name, module in network.named_modules():
             if arithmetic is not None and type(module) in FORMS:
-                replace(module, "forward", partial(FORMS[type(module)], module, arithmetic, quick))
+                form = partial(FORMS[type(module)], module, arithmetic, quick)
+                if held is not None and type(module) is nn.Conv2d:
+                    form = partial(form, held=held.setdefault(module, {}))
+                replace(module, "forward", form)
             if prompt is not None and isinstance(module, Attention):
                 replace(module, "keys_values", partial(prompt.keys_values, module))
             if paired and name in BEFORE_PROMPT:
@@ -132,15 +179,26 @@ def is_known(network: nn.Module) -> bool:
     return all(type(layer) in FORMS and "forward" not in vars(layer) for layer in layers)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 1, quick: bool = True) -> Tensor:
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int = 1,
+    padding: int = 1,
+    quick: bool = True,
+    held: Held | None = None,
+) -> Tensor:
     """A convolution of [b, c, y, x] with [o, c, k, k] and [o] -> [b, o, y', x'], in x's number format."""
     (outputs, channels, kernel, _), (height, width) = weight.shape, x.shape[2:]
     small = height * width < SMALL
+    wide = (kernel, stride, padding) == (3, 1, 1) and min(channels, outputs) >= NARROW
     if quick and (kernel, stride, padding) == (1, 1, 0):
         flat = weight.to(x.dtype).view(outputs, channels)
         return F.linear(x.permute(0, 2, 3, 1), flat, bias.to(x.dtype)).permute(0, 3, 1, 2)
-    if quick and (kernel, stride, padding) == (3, 1, 1) and min(channels, outputs) >= NARROW and not small:
-        return _winograd(x, weight, bias)
+    if quick and wide and not small:
+        return _winograd(x, weight, bias, F4, held)
+    if quick and wide and held is not None and height * width >= SMALLEST:
+        return _winograd(x, weight, bias, F2, held)
     if quick and small:
         x = x.contiguous()  # NCHW: the library is quicker to reorder the weights for it, which is most of the work
     parts = [(weight, bias)]
@@ -150,61 +208,58 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: 
     return made[0] if len(made) == 1 else torch.cat(made, dim=1)
 
 
-def _winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A 3x3 convolution with padding 1 by F(4x4, 3x3), in float32.
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor, form: Filtering, held: Held | None = None) -> Tensor:
+    """A 3x3 convolution with padding 1 by minimal filtering, in float32.
 
-    Tiles of 6x6 cells that overlap by two give 4x4 outputs each; the map is padded to whole tiles.
+    Tiles overlap by two cells; the map is padded to whole tiles.
     """
-    (batch, channels, height, width), outputs = x.shape, len(weight)
-    down, across = -(-height // 4), -(-width // 4)
-    around = F.pad(x.permute(0, 2, 3, 1).float(), (0, 0, 1, 4 * across + 1 - width, 1, 4 * down + 1 - height))
-    tiles = around.unfold(1, 6, 4).unfold(2, 6, 4).permute(4, 5, 0, 1, 2, 3)  # [6, 6, b, down, across, c]
-    out = torch.empty((batch, down, 4, across, 4, outputs), dtype=x.dtype, device=x.device)
+    (batch, channels, height, width), outputs, m, n = x.shape, len(weight), form.side, form.side + 2
+    down, across = -(-height // m), -(-width // m)
+    around = F.pad(x.permute(0, 2, 3, 1).float(), (0, 0, 1, m * across + 1 - width, 1, m * down + 1 - height))
+    tiles = around.unfold(1, n, m).unfold(2, n, m).permute(4, 5, 0, 1, 2, 3)  # [n, n, b, down, across, c]
+    out = torch.empty((batch, down, m, across, m, outputs), dtype=x.dtype, device=x.device)
 
     together = max(FEWEST_TILES, CHUNK // channels)
     images, rows = max(together // (down * across), 1), min(max(together // across, 1), down)
     chunks = [(image, row) for image in range(0, batch, images) for row in range(0, down, rows)]
     if x.is_meta:
         del chunks[1:]  # one takes the memory that all take
-    data, result = _both_ways(DATA, x.device), _both_ways(OUTPUT, x.device)
-    filters: Iterable[Tensor] = map(_transformed, torch.split(weight, OUTPUTS))
-    if len(chunks) > 1:
+    data, result = _both_ways(form.data, x.device), _both_ways(form.output, x.device)
+    filters: Iterable[Tensor] = form.filters(weight)
+    if held is not None and batch * down * across < MANY_TILES:
+        if form not in held:
+            held[form] = list(filters)
+        filters = held[form]
+    elif len(chunks) > 1:
         filters = list(filters)  # needed more than once
     bias = bias.float()
     for image, row in chunks:
         place = (slice(image, image + images), slice(row, row + rows))
         cells = tiles[:, :, place[0], place[1]]
-        seen = torch.mm(data, cells.reshape(36, -1)).view(36, -1, channels)
+        seen = torch.mm(data, cells.reshape(n * n, -1)).view(n * n, -1, channels)
         count, first = seen.shape[1], 0
         for transformed in filters:
             last = first + transformed.shape[1]
             if count < FEW_TILES:
-                made = torch.mm(result, torch.bmm(transformed, seen.mT).view(36, -1)).view(16, -1, count).mT
+                made = torch.mm(result, torch.bmm(transformed, seen.mT).view(n * n, -1)).view(m * m, -1, count).mT
             else:
-                made = torch.mm(result, torch.bmm(seen, transformed.mT).view(36, -1)).view(16, count, -1)
-            made = made.view(4, 4, *cells.shape[2:5], -1).permute(2, 3, 0, 4, 1, 5)
+                made = torch.mm(result, torch.bmm(seen, transformed.mT).view(n * n, -1)).view(m * m, count, -1)
+            made = made.view(m, m, *cells.shape[2:5], -1).permute(2, 3, 0, 4, 1, 5)
             torch.add(made, bias[first:last], out=out[(*place, ..., slice(first, last))])
             first = last
-    return out.view(batch, 4 * down, 4 * across, outputs)[:, :height, :width].permute(0, 3, 1, 2)
-
-
-def _transformed(weight: Tensor) -> Tensor:
-    """Filters [o, c, 3, 3] -> [36, o, c] float32."""
-    outputs, channels = weight.shape[:2]
-    flat = weight.float().reshape(outputs * channels, 9)
-    return torch.mm(_both_ways(FILTER, weight.device), flat.t()).view(36, outputs, channels)
+    return out.view(batch, m * down, m * across, outputs)[:, :height, :width].permute(0, 3, 1, 2)
 
 
 @cache
-def _both_ways(matrix: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+def _both_ways(matrix: Matrix, device: torch.device) -> Tensor:
     """The transform of a square from that of its rows: its Kronecker product with itself."""
     numbers = torch.tensor(matrix, dtype=torch.float64)
     return torch.kron(numbers, numbers).float().to(device)
 
 
-def _conv2d(layer: nn.Conv2d, arithmetic: torch.dtype, quick: bool, x: Tensor) -> Tensor:
+def _conv2d(layer: nn.Conv2d, arithmetic: torch.dtype, quick: bool, x: Tensor, held: Held | None = None) -> Tensor:
     assert layer.bias is not None
-    return convolve(x.to(arithmetic), layer.weight, layer.bias, layer.stride[0], int(layer.padding[0]), quick)
+    return convolve(x.to(arithmetic), layer.weight, layer.bias, layer.stride[0], int(layer.padding[0]), quick, held)
 
 
 def _linear(layer: nn.Linear, arithmetic: torch.dtype, quick: bool, x: Tensor) -> Tensor:

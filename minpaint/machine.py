@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minpaint.banded import Bands, set_bands
 from minpaint.checkpoint import Checkpoint
 from minpaint.errors import BudgetError, MinpaintWarning
-from minpaint.fast import Prompt, accelerated, is_known
+from minpaint.fast import Held, Prompt, accelerated, is_known
 from minpaint.memory import (
     Replay,
     capped,
@@ -134,6 +134,7 @@ class Run:
         self.plan = machine.planner.choose(request, machine.budget, machine.base)
         self.fallen_back = False
         self.prompt: Prompt | None = None
+        self.filters: dict[nn.Module, Held] = {}
         self.replay: Replay | None = None
         forget_peak(self.device)
 
@@ -188,7 +189,7 @@ class Run:
         keep_heap(self.device, None)
 
     def _forget(self) -> None:
-        self.prompt, self.replay = None, None
+        self.prompt, self.filters, self.replay = None, {}, None
 
     def _ask(self, phase: Phase, context: Tensor) -> None:
         unet = self.networks.unet
@@ -206,7 +207,8 @@ class Run:
         keep_heap(self.device, phase.keeps)
         arithmetic = None if self.device.type == "cuda" else phase.arithmetic
         prompt = self.prompt if phase.fast else None
-        with accelerated(network, arithmetic, phase.fast, prompt, paired and phase.fast):
+        held = self.filters if phase.filters else None
+        with accelerated(network, arithmetic, phase.fast, prompt, paired and phase.fast, held):
             yield phase.arithmetic
 
     def _knows(self, network: nn.Module) -> bool:

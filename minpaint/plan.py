@@ -21,7 +21,7 @@ from minpaint.attention import Attention
 from minpaint.banded import Bands, set_bands
 from minpaint.config import Json, UNetConfig, VAEConfig
 from minpaint.errors import BudgetError
-from minpaint.fast import Prompt, accelerated
+from minpaint.fast import Held, Prompt, accelerated
 from minpaint.measure import measure
 from minpaint.memory import attention_is_fused, choose_arithmetic, format_size, without_gradients
 from minpaint.residency import Division, divide, total_size
@@ -35,6 +35,7 @@ ENCODER = ("encoder.", "quant_conv.")  # names of the VAE's tensors that encodin
 FLOWING = ("text_encoder", "unet")  # the VAE's weights are little beside its feature maps
 BANDS = (None, 16, 64)
 QUERY_ROWS = (None, 1024, 128)  # of attention that holds its scores; a fused one needs no slices
+FEW_PIXELS = 3 * 2**18  # of all rows; in larger calls held filters save too little of the time
 LATENTS = 24  # float32 tensors of the latents' shape around the UNet: sampler, history, conditioning
 
 # On CUDA: cuBLAS's workspaces, and what the caching allocator cannot use of what it holds.
@@ -115,9 +116,10 @@ class Phase:
     batch: rows of the UNet's batch in one call, or pictures of the VAE's. bands: of the VAE, None
     is whole. query_rows: of attention at a time, None is all. fast: accelerated (fast.py).
     keeps: with a heap that keeps what is freed (memory.keep_heap). arithmetic: the number format
-    computed in, the same for every plan. division: which weights flow; None is none. weights,
-    others, working: bytes of its own network, of the other networks that are there, and of
-    everything else. peak: with what comes on top.
+    computed in, the same for every plan. filters: bytes of transformed filters that are held
+    (fast.Held). division: which weights flow; None is none. weights, others, working: bytes of its
+    own network with such filters, of the other networks that are there, and of everything else.
+    peak: with what comes on top.
     """
 
     name: str
@@ -128,6 +130,7 @@ class Phase:
     fast: bool
     keeps: bool
     arithmetic: torch.dtype
+    filters: int
     division: Division | None
     weights: int
     others: int
@@ -150,6 +153,8 @@ class Phase:
             said.append(f"attention from {self.query_rows} rows")
         if self.fast:
             said.append("accelerated")
+        if self.filters:
+            said.append(f"{format_size(self.filters)} of filters held")
         return ", ".join(said)
 
 
@@ -194,6 +199,15 @@ class _Way:
     query_rows: int | None = None
     fast: bool = False
     keeps: bool = False
+    holds: bool = False  # transformed filters
+
+
+SPEEDS = (  # the fastest first; the last takes least
+    _Way(fast=True, keeps=True, holds=True),
+    _Way(fast=True, keeps=True),
+    _Way(fast=True),
+    _Way(),
+)
 
 
 class Planner:
@@ -205,10 +219,10 @@ class Planner:
         self.arithmetic = choose_arithmetic(device, dtype)
         self.fused = attention_is_fused(device, self.arithmetic)
         self.reserve = CUDA_RESERVE if self.on_cuda else 0.0
-        self.measured: dict[Any, int] = {}
+        self.measured: dict[Any, tuple[int, int]] = {}
         self.orders: dict[str, list[str]] = {}
-        on_cpu = [] if self.on_cuda else [(True, True)]
-        self.speeds = [*on_cpu, (True, False), (False, False)]  # fast and keeps, see Phase
+        saves = dtype != torch.float32  # half precision on the CPU is asked for to save memory
+        self.speeds = [way for way in SPEEDS if not ((way.keeps and self.on_cuda) or (way.holds and saves))]
 
     def choose(self, request: Request, budget: int, base: int) -> Plan:
         """The fastest plan that fits.
@@ -221,18 +235,19 @@ class Planner:
             BudgetError: none fits; it names the smallest budget that does.
         """
         together = sum(self._size(name) for name in PHASES)
-        phases = []
-        for name in PHASES:
-            way = next(self._ways(name, request))
-            phases.append(self._phase(name, request, way, together - self._size(name), base))
-        if not request.again or any(phase.peak > budget for phase in phases):
+        for holds in (True, False) if request.again else ():
+            ways = {name: next(self._ways(name, request, holds)) for name in PHASES}
+            phases = [self._phase(name, request, way, together - self._size(name), base) for name, way in ways.items()]
+            if all(phase.peak <= budget for phase in phases):
+                break
+        else:
             phases = [self.phase(name, request, budget, base) for name in PHASES]
         return Plan(budget, base, {phase.name: phase for phase in phases})
 
     def phase(self, name: str, request: Request, budget: int, base: int) -> Phase:
         """One phase alone, done in the first way that fits; BudgetError if none does."""
         for flowing in (False, True)[: 1 + (PHASES[name] in FLOWING)]:
-            for way in self._ways(name, request):
+            for way in self._ways(name, request, holds=not flowing):
                 phase = self._phase(name, request, way, 0, base, budget if flowing else None)
                 if phase.peak <= budget:
                     return phase
@@ -294,20 +309,21 @@ class Planner:
         models = blank_models(config.unet, config.vae, config.text)
         return {name: model.to(self.dtype) for name, model in models.items()}
 
-    def _ways(self, name: str, request: Request) -> Iterator[_Way]:
-        """From the fastest to the one that takes least."""
+    def _ways(self, name: str, request: Request, holds: bool = False) -> Iterator[_Way]:
+        """From the fastest to the one that takes least; holds: with those that hold filters."""
         slices = (None,) if self.fused else QUERY_ROWS
         if name == "denoise":
-            for fast, keeps in self.speeds:
-                batch = request.rows
+            holds = holds and request.rows * request.area <= FEW_PIXELS
+            for speed in self.speeds:
+                batch = request.rows if holds or not speed.holds else 0
                 while batch:
-                    yield from (_Way(batch, None, rows, fast, keeps) for rows in slices)
-                    batch //= 2
+                    yield from (replace(speed, batch=batch, query_rows=rows) for rows in slices)
+                    batch = 0 if speed.holds else batch // 2
         elif name == "text":
             yield _Way()
         else:
             if not self.on_cuda:
-                yield from (_Way(fast=fast, keeps=keeps) for fast, keeps in self.speeds[:-1])
+                yield from (speed for speed in self.speeds if speed.fast and not speed.holds)
             yield from (_Way(1, bands, rows) for bands in BANDS for rows in slices)
 
     def _leanest(self, name: str, request: Request, base: int) -> Phase:
@@ -322,8 +338,8 @@ class Planner:
         self, name: str, request: Request, way: _Way, others: int, base: int, flowing: int | None = None
     ) -> Phase:
         """flowing: the budget that the weights which stay may fill; None has all of them stay."""
-        working = self._working(name, request, way)
-        division, weights = None, self._size(name)
+        working, filters = self._working(name, request, way)
+        division, weights = None, self._size(name) + filters
         if flowing is not None:
             part = PHASES[name]
             room = int((flowing - base - self._extra(request, working, way)) / (1 + self.reserve)) - working - others
@@ -331,7 +347,7 @@ class Planner:
             weights = division.size
         counted = weights + others + working
         peak = base + self._extra(request, working, way) + counted + math.ceil(counted * self.reserve)
-        done = (way.batch, way.bands, way.query_rows, way.fast, way.keeps, self.arithmetic)
+        done = (way.batch, way.bands, way.query_rows, way.fast, way.keeps, self.arithmetic, filters)
         return Phase(name, self.dtype, *done, division, weights, others, working, peak)
 
     def _extra(self, request: Request, working: int, way: _Way) -> int:
@@ -345,23 +361,26 @@ class Planner:
     def _size(self, name: str) -> int:
         return total_size(self.architecture.directories[PHASES[name]], self.dtype)
 
-    def _working(self, name: str, request: Request, way: _Way) -> int:
-        """Bytes that a phase takes beside weights."""
+    def _working(self, name: str, request: Request, way: _Way) -> tuple[int, int]:
+        """Bytes that a phase takes beside weights, and those of the filters that it holds."""
         key = (name, name if name == "text" else request, replace(way, keeps=False))
         if key not in self.measured:
             _ = self.models  # made before what they take is measured
-            taken = measure(partial(self._run, name, request, way), self.fused).total
+            held: dict[nn.Module, Held] | None = {} if way.holds else None
+            taken = measure(partial(self._run, name, request, way, held), self.fused).total
+            filters = sum(part.nbytes for forms in (held or {}).values() for parts in forms.values() for part in parts)
+            taken -= filters
             if name == "denoise":
                 taken += LATENTS * request.count * LATENT_CHANNELS * 4 * request.area // self.architecture.vae.factor**2
             if not self.on_cuda and name != "text":  # the pictures are in the same memory
                 filled = {"encode": request.starts * request.area, "decode": max(request.pixels, request.area)}
                 copies = COPY * filled["encode"] if name == "encode" else 0
                 taken = max(taken + copies, FILLING * filled.get(name, 0)) + CANVAS * request.starts * request.area
-            self.measured[key] = taken
+            self.measured[key] = taken, filters
         return self.measured[key]
 
     @without_gradients
-    def _run(self, name: str, request: Request, way: _Way) -> None:
+    def _run(self, name: str, request: Request, way: _Way, held: dict[nn.Module, Held] | None = None) -> None:
         """One call of a phase's network on tensors without numbers."""
         config, factor = self.architecture, self.architecture.vae.factor
         small = (request.height // factor, request.width // factor)
@@ -389,10 +408,13 @@ class Planner:
             t = torch.zeros(request.rows, device="meta")
             parts = zip(*(split(each, way.batch) for each in (x.to(self.arithmetic), t, context)), strict=True)
             prompt, whole = Prompt(context) if way.fast else None, way.batch >= request.rows
-            with accelerated(unet, *forms, prompt, way.fast and whole and request.guided):
+            with accelerated(unet, *forms, prompt, way.fast and whole and request.guided, held):
                 if prompt is not None and whole:
                     prompt.fill(unet)
-                outputs = [unet(*part).float() for part in itertools.islice(parts, 2)]
+                first = list(itertools.islice(parts, 2))
+                if held is not None:
+                    unet(*first[0])  # from now on all filters are there
+                outputs = [unet(*part).float() for part in first]
             torch.cat(outputs)
 
 

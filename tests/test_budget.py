@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import largest_level_difference, make_mask, make_picture
+from conftest import largest_level_difference, make_mask, make_picture, relative_error
 from PIL import Image
 
 import minpaint
-from minpaint import machine, residency
+from minpaint import fast, machine, residency
 from minpaint.__main__ import main
 from minpaint.checkpoint import outline
 from minpaint.config import text_config, unet_config, vae_config
@@ -218,6 +218,35 @@ def test_what_a_run_takes_is_what_was_planned(checkpoint: Folders, family: str, 
         phases = ours.last_run.plan.phases.values()
         planned = max(phase.weights + phase.others + phase.working for phase in phases)
         assert 0.9 * planned <= taken <= planned, [phase.how for phase in phases]
+
+
+@pytest.mark.usefixtures("without_base")
+def test_filters_are_held_where_there_is_room(checkpoint: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, small in (("NARROW", 8), ("SMALL", 5 * 5), ("SMALLEST", 4 * 4)):  # as the networks of tests are
+        monkeypatch.setattr(fast, name, small)
+    request = Request(64, 64)
+    full = minpaint.load(checkpoint("small-sd2"), "cpu", "fp32")
+    planner = full.machine.planner
+    held, half = (each.choose(request, UNLIMITED, 0) for each in (planner, full.machine.planner_in(torch.bfloat16)))
+    plain = planner.choose(request, held.peak - 1, 0)
+    assert plain.resident
+    assert half.phases["denoise"].filters == plain.phases["denoise"].filters == 0
+    assert planner.choose(Request(1024, 1024), UNLIMITED, 0).phases["denoise"].filters == 0
+
+    x, t, context = torch.randn(1, 9, 8, 8), torch.tensor([501.0]), torch.randn(2, 77, full.unet_config.context_dim)
+    outputs = []
+    for plan in (held, plain):
+        full.machine.budget, phase = plan.peak, plan.phases["denoise"]
+        run = machine.Run(full.machine, request, full)
+        first, again = (measure(lambda run=run: outputs.append(run.unet(x, t, context))).total for _ in range(2))
+        tensors = [part for forms in run.filters.values() for parts in forms.values() for part in parts]
+        assert {len(part) for part in tensors} == ({16, 36} if plan is held else set())
+        assert sum(part.nbytes for part in tensors) == phase.filters
+        assert first <= phase.filters + phase.working
+        assert again <= phase.working
+        run.close()
+        assert not run.filters
+    assert all(relative_error(output, outputs[0]) < 1e-5 for output in outputs)
 
 
 @pytest.mark.usefixtures("without_base")

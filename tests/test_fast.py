@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import minpaint
 from minpaint import fast, machine, memory
-from minpaint.fast import Prompt, accelerated, convolve, is_known
+from minpaint.fast import F2, F4, Filtering, Held, Prompt, accelerated, convolve, is_known
 from minpaint.memory import Replay, choose_arithmetic, is_watched
 
 CPU = torch.device("cpu")
@@ -30,9 +30,10 @@ CPU = torch.device("cpu")
     width=st.integers(1, 40),
     together=st.sampled_from([1, 5, 128]),
     few=st.sampled_from([0, 10**6]),
+    form=st.sampled_from([F2, F4]),
 )
 def test_winograds_convolution_is_a_convolution(
-    batch: int, channels: int, outputs: int, height: int, width: int, together: int, few: int
+    batch: int, channels: int, outputs: int, height: int, width: int, together: int, few: int, form: Filtering
 ) -> None:
     generator = torch.Generator().manual_seed(batch * height + width)
     x = torch.randn(batch, channels, height, width, generator=generator)
@@ -42,9 +43,12 @@ def test_winograds_convolution_is_a_convolution(
         patch.setattr(fast, "FEW_TILES", few)
         patch.setattr(fast, "CHUNK", 1)
         patch.setattr(fast, "OUTPUTS", 32)
-        found = fast._winograd(x, weight, bias)
+        held: Held = {}
+        found, again, anew = (fast._winograd(x, weight, bias, form, hold) for hold in (held, held, None))
     exact = nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     size = x.abs().max() * weight.flatten(1).norm(dim=1).max()  # of what comes out, unless its terms cancel
+    assert torch.equal(found, again)
+    assert torch.equal(found, anew)
     assert found.shape == exact.shape
     assert float((found - exact).abs().max() / size) < 1e-5
 
