@@ -24,7 +24,7 @@ from minpaint.errors import MinpaintWarning
 from minpaint.inpaint import Painter, open_frame, open_painter
 from minpaint.measure import measure
 from minpaint.memory import capped, choose_budget, give_back, is_out_of_memory, used_memory
-from minpaint.plan import PHASES, Architecture, Planner, Request, blank_models, split_vae
+from minpaint.plan import PHASES, Architecture, Plan, Planner, Request, blank_models, split_vae
 from minpaint.residency import divide
 from minpaint.settings import Settings
 from minpaint.tensorfile import Stored
@@ -149,6 +149,17 @@ def test_the_largest_picture_fits_and_little_more_does_not() -> None:
     assert abs(width / height - 1.5) < 0.03
     assert planner.least(Request(width, height), 0) <= 2 * GIB
     assert planner.least(Request(width * 11 // 80 * 8, height * 11 // 80 * 8), 0) > 2 * GIB
+
+
+def test_an_operation_worked_out_once_counts_as_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plans() -> list[Plan]:
+        planner, request = Planner(architecture("small-sd2"), torch.device("cpu"), torch.bfloat16), Request(96, 64, 2)
+        least, most = planner.least(request, 0), planner.choose(request, UNLIMITED, 0).peak
+        return [planner.choose(request, budget, 0) for budget in range(least, most, (most - least) // 20)]
+
+    once = plans()
+    monkeypatch.setattr("minpaint.measure._look", lambda argument: object())  # nothing looks as it did before
+    assert plans() == once
 
 
 def test_attention_without_a_fused_kernel_is_planned_in_slices() -> None:
