@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import minpaint
+from minpaint import machine
 from minpaint.inpaint import Painter
 from weights.random_checkpoint import FAMILIES, write_checkpoint
 
@@ -101,6 +102,12 @@ def painter(checkpoint: Callable[[str], Path]) -> Callable[[str], Painter]:
         return made[family]
 
     return load
+
+
+@pytest.fixture
+def without_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count what a run adds to the process, which in a test holds much else."""
+    monkeypatch.setattr(machine, "used_memory", lambda device: 0)
 
 
 @pytest.fixture

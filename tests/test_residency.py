@@ -1,0 +1,177 @@
+"""Weights that come and go, or flow, are the files'; those that somebody changed stay."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_mask, make_picture
+
+import minpaint
+from minpaint import residency
+from minpaint.inpaint import open_frame, open_painter
+from minpaint.memory import give_back, used_memory
+from minpaint.residency import divide
+from minpaint.settings import Settings
+
+Folders = Callable[[str], Path]
+UNLIMITED = 2**50
+
+
+@pytest.mark.usefixtures("without_base")
+def test_networks_can_be_called_when_their_weights_are_out(checkpoint: Folders) -> None:
+    rich = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32", budget=UNLIMITED)
+    poor = open_painter(checkpoint("small-sd1"), "cpu", "fp32", None, None)
+    poor.machine.budget = poor.machine.parts["unet"].size + 2**20
+    for ours in (rich, poor):
+        assert (ours.machine.parts["unet"].held > 0) == (ours is rich)
+    x, t, context = torch.randn(1, 9, 8, 8), torch.tensor([5]), torch.randn(1, 77, 64)
+    pixels = torch.randn(1, 3, 64, 64)
+    for call in (
+        lambda ours: ours.unet(x, t, context),
+        lambda ours: ours.vae.encode(pixels)[0],
+        lambda ours: ours.vae.decode(x[:, :4]),
+        lambda ours: ours.text_encoder(torch.zeros(1, 77, dtype=torch.long))[0],
+        lambda ours: ours.unet(x, t, context),
+    ):
+        assert torch.equal(call(poor), call(rich))
+    assert sum(part.held for part in poor.machine.parts.values()) <= poor.machine.budget
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_flowing_weights_are_the_files(
+    checkpoint: Folders, part: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer computes with its own weights, in turn, round again, and out of turn."""
+    monkeypatch.setattr(residency, "SMALL", 0)
+    resident = minpaint.load(checkpoint("small-sd1"), "cpu", dtype)
+    flowing = open_painter(checkpoint("small-sd1"), "cpu", dtype, None, None)
+    mine = flowing.machine.parts[part]
+    order = flowing.machine.planner.order(part)
+    division = divide(mine.directory, mine.dtype, order, 0)
+    assert len(division.chunks) > 2
+    mine.come(division)
+    inputs: tuple[Any, ...] = (torch.zeros(1, 77, dtype=torch.long),)
+    if part == "unet":
+        inputs = (torch.randn(2, 9, 8, 8), torch.tensor([5, 9]), torch.randn(2, 77, 64))
+        inputs = (inputs[0].to(mine.dtype), inputs[1], inputs[2].to(mine.dtype))
+    for _ in range(3):
+        theirs, ours = getattr(resident, part)(*inputs), getattr(flowing, part)(*inputs)
+        assert torch.equal(ours if part == "unet" else ours[0], theirs if part == "unet" else theirs[0])
+    theirs = resident.machine.parts[part].model
+    for name in [division.chunks[-1][0], division.chunks[0][0], division.chunks[1][0]]:
+        layer = name.rpartition(".")[0]
+        with pytest.raises((RuntimeError, TypeError, IndexError)):  # an input that no layer takes; its weights come
+            mine.model.get_submodule(layer)(None)
+        assert torch.equal(mine.model.get_parameter(name), theirs.get_parameter(name))
+    mine.go()
+    assert mine.held == 0
+    assert all(parameter.is_meta for parameter in mine.model.parameters())
+
+
+class SlowLane:
+    """A GPU's copies as far as a CPU can show them: a buffer on either side, filled late and by somebody else."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = ThreadPoolExecutor(1)
+        self.copies = 0
+
+    def buffers(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+
+    def mark(self) -> None:
+        """On the CPU all work is done when the next begins."""
+
+    def send(self, here: torch.Tensor, there: torch.Tensor, after: None) -> Future[None]:
+        def copy() -> None:
+            time.sleep(0.002)
+            there.copy_(here)
+            self.copies += 1
+
+        return self.stream.submit(copy)
+
+    def wait(self, mark: Future[None] | None) -> None:
+        if mark is not None:
+            mark.result()
+
+    finish = wait
+
+
+def test_flowing_weights_wait_for_a_stream_of_copies(checkpoint: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "Lane", SlowLane)
+    resident = minpaint.load(checkpoint("small-sd2"), "cpu", "bf16")
+    flowing = open_painter(checkpoint("small-sd2"), "cpu", "bf16", None, None)
+    part = flowing.machine.parts["unet"]
+    part.come(divide(part.directory, part.dtype, flowing.machine.planner.order("unet"), 0))
+    assert part.flow is not None
+    x, context = (torch.randn(size).bfloat16() for size in ((2, 9, 8, 8), (2, 77, 64)))
+    t = torch.tensor([5, 9])
+    expected = resident.unet(x, t, context)
+    for _ in range(3):
+        assert torch.equal(flowing.unet(x, t, context), expected)
+    assert part.flow.lane.copies >= 3 * len(part.flow.chunks)  # type: ignore[attr-defined]
+    part.go()
+
+
+def test_a_file_that_vanishes_while_weights_flow_is_one_line(copy: Folders) -> None:
+    folder = copy("small-sd1")
+    ours = open_painter(folder, "cpu", "bf16", None, None)
+    part = ours.machine.parts["unet"]
+    part.come(divide(part.directory, part.dtype, ours.machine.planner.order("unet"), 0))
+    for file in folder.glob("unet/*.safetensors"):
+        file.unlink()
+    with pytest.raises(minpaint.CheckpointError, match="cannot be read"):
+        ours.unet(torch.zeros(1, 9, 8, 8).bfloat16(), torch.tensor([5]), torch.zeros(1, 77, 64).bfloat16())
+
+
+@pytest.mark.usefixtures("without_base")
+def test_weights_somebody_changed_are_not_lost(checkpoint: Folders) -> None:
+    ours = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32")
+    ours.vae.load_state_dict({name: tensor * 0.5 for name, tensor in ours.vae.state_dict().items()})
+    before = ours.vae.decode(torch.ones(1, 4, 8, 8))
+    frame = open_frame(make_picture(), make_mask(), Settings(""))
+    request = ours.request(frame, Settings(""), ours.views(frame, Settings("")))
+    ours.machine.budget = ours.machine.planner.choose(request, UNLIMITED, 0).peak - 1
+    ours(make_picture(), make_mask(), "a dog", steps=1)
+    assert ours.last_run is not None
+    assert not ours.last_run.plan.resident
+    assert torch.equal(ours.vae.decode(torch.ones(1, 4, 8, 8)), before)
+
+
+def test_a_network_put_in_the_place_of_ours_is_the_one_that_runs(checkpoint: Folders) -> None:
+    class Zero(torch.nn.Module):
+        calls = 0
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            Zero.calls += 1
+            return torch.zeros_like(x[:, :4])
+
+    ours = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32")
+    ours.unet = Zero()
+    ours(make_picture(), make_mask(), "a dog", steps=3)
+    assert Zero.calls == 3
+
+
+def test_many_paintings_take_no_more_than_few(checkpoint: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two hundred in one process, under a budget that has the weights come and go."""
+    ours = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32")
+    picture, mask, cpu = make_picture(32, 32), make_mask(32, 32), torch.device("cpu")
+    parts = ours.machine.parts.values()
+    held = []
+    for number in range(200):
+        ours(picture, mask, "a dog", steps=1, seed=number)
+        if number % 4 == 0:
+            for part in parts:
+                part.go()
+        if number in (49, 199):
+            give_back(cpu)
+            held.append(used_memory(cpu))
+    with capsys.disabled():
+        print(f"\n200 paintings: {held[0] / 2**20:.1f} MiB after 50, {held[1] / 2**20:.1f} MiB after 200")
+    assert held[1] - held[0] < 8 * 2**20
