@@ -53,6 +53,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import minpaint
+import minpaint.plan
 from bench.versus_diffusers import NEGATIVE, PROMPT, append, compare, make_input, relative, run_pipe, timed
 from minpaint.checkpoint import outline
 from minpaint.inpaint import Painter
@@ -593,6 +594,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
+    minpaint.plan.FEW_STEPS = 0  # the few steps of a run stand for as many as were asked for
     device = choose_device(options.device)
     asked = {name: value for name, value in vars(options).items() if name != "own_sizes"}
     options.product_speed = None if options.cold else product_speed(device, choose_dtype(options.dtype, device))

@@ -169,7 +169,8 @@ class Painter:
         pixels = frame.original.width * frame.original.height
         parts = len(sizes) > 1
         starts, again = settings.count if parts else 1, parts or self.machine.settled
-        return Request(width, height, settings.count, settings.guided, starts, pixels, again)
+        steps = int(settings.steps * settings.strength)
+        return Request(width, height, settings.count, settings.guided, starts, pixels, again, steps)
 
     def canvas(self, frame: Frame, settings: Settings, view: View, pictures: list[Image.Image]) -> Canvas:
         """What the network works on for one part of the pictures."""

@@ -35,7 +35,8 @@ ENCODER = ("encoder.", "quant_conv.")  # names of the VAE's tensors that encodin
 FLOWING = ("text_encoder", "unet")  # the VAE's weights are little beside its feature maps
 BANDS = (None, 16, 64)
 QUERY_ROWS = (None, 1024, 128)  # of attention that holds its scores; a fused one needs no slices
-FEW_PIXELS = 3 * 2**18  # of all rows; in larger calls held filters save too little of the time
+FEW_PIXELS = 3 * 2**18  # of all rows; in larger calls held filters save too little of the time,
+FEW_STEPS = 20  # and in fewer calls than this perhaps less than it takes to get memory for them
 LATENTS = 24  # float32 tensors of the latents' shape around the UNet: sampler, history, conditioning
 
 # On CUDA: cuBLAS's workspaces, and what the caching allocator cannot use of what it holds.
@@ -45,7 +46,7 @@ CUDA_RESERVE = 1 / 16
 # that were freed (at most so many times what is alive, and so many bytes), and the pictures.
 CPU_LIBRARIES = 48 * 2**20
 CPU_HEAP = (2.0, 224 * 2**20)
-KEPT_HEAP = 1.5  # of what is alive, where the heap keeps all that is freed
+KEPT_HEAP = {"encode": 1.5, "denoise": 2.0, "decode": 1.5}  # of that, where the heap keeps all that is freed
 CANVAS = 16  # bytes a pixel the network sees: the picture and where it is blanked, from encoding on
 COPY = 28  # bytes a pixel the network sees: the picture blanked or filled, while it is encoded
 FILLING = 144  # bytes a pixel: continuing a picture into its hole, before encoding and for the colour match
@@ -88,7 +89,7 @@ class Request:
 
     starts: how many different pictures the paintings start from. pixels: of the whole picture, of
     which the network sees perhaps a part. again: whether the networks will be needed once more
-    after the run's last phase, and had better stay.
+    after the run's last phase, and had better stay. steps: calls of the UNet.
     """
 
     width: int
@@ -98,6 +99,7 @@ class Request:
     starts: int = 1
     pixels: int = 0
     again: bool = True
+    steps: int = 50
 
     @property
     def area(self) -> int:
@@ -313,7 +315,7 @@ class Planner:
         """From the fastest to the one that takes least; holds: with those that hold filters."""
         slices = (None,) if self.fused else QUERY_ROWS
         if name == "denoise":
-            holds = holds and request.rows * request.area <= FEW_PIXELS
+            holds = holds and request.rows * request.area <= FEW_PIXELS and request.steps >= FEW_STEPS
             for speed in self.speeds:
                 batch = request.rows if holds or not speed.holds else 0
                 while batch:
@@ -339,23 +341,24 @@ class Planner:
     ) -> Phase:
         """flowing: the budget that the weights which stay may fill; None has all of them stay."""
         working, filters = self._working(name, request, way)
+        extra = self._extra(name, request, working, way)
         division, weights = None, self._size(name) + filters
         if flowing is not None:
             part = PHASES[name]
-            room = int((flowing - base - self._extra(request, working, way)) / (1 + self.reserve)) - working - others
+            room = int((flowing - base - extra) / (1 + self.reserve)) - working - others
             division = divide(self.architecture.directories[part], self.dtype, self.order(part), room)
             weights = division.size
         counted = weights + others + working
-        peak = base + self._extra(request, working, way) + counted + math.ceil(counted * self.reserve)
+        peak = base + extra + counted + math.ceil(counted * self.reserve)
         done = (way.batch, way.bands, way.query_rows, way.fast, way.keeps, self.arithmetic, filters)
         return Phase(name, self.dtype, *done, division, weights, others, working, peak)
 
-    def _extra(self, request: Request, working: int, way: _Way) -> int:
+    def _extra(self, name: str, request: Request, working: int, way: _Way) -> int:
         """Bytes that come on top of weights and tensors."""
         if self.on_cuda:
             return CUDA_LIBRARIES
         pictures = max(request.pixels, request.area) * (PICTURE[0] + PICTURE[1] * request.count)
-        heap = int(KEPT_HEAP * working) if way.keeps else min(int(CPU_HEAP[0] * working), CPU_HEAP[1])
+        heap = int(KEPT_HEAP[name] * working) if way.keeps else min(int(CPU_HEAP[0] * working), CPU_HEAP[1])
         return CPU_LIBRARIES + heap + pictures
 
     def _size(self, name: str) -> int:
@@ -363,7 +366,7 @@ class Planner:
 
     def _working(self, name: str, request: Request, way: _Way) -> tuple[int, int]:
         """Bytes that a phase takes beside weights, and those of the filters that it holds."""
-        key = (name, name if name == "text" else request, replace(way, keeps=False))
+        key = (name, name if name == "text" else replace(request, steps=0), replace(way, keeps=False))
         if key not in self.measured:
             _ = self.models  # made before what they take is measured
             held: dict[nn.Module, Held] | None = {} if way.holds else None

@@ -96,7 +96,8 @@ def test_filters_are_held_where_there_is_room(checkpoint: Folders, monkeypatch: 
     plain = planner.choose(request, held.peak - 1, 0)
     assert plain.resident
     assert half.phases["denoise"].filters == plain.phases["denoise"].filters == 0
-    assert planner.choose(Request(1024, 1024), UNLIMITED, 0).phases["denoise"].filters == 0
+    for large_or_short in (Request(1024, 1024), Request(64, 64, steps=5)):
+        assert planner.choose(large_or_short, UNLIMITED, 0).phases["denoise"].filters == 0
 
     x, t, context = torch.randn(1, 9, 8, 8), torch.tensor([501.0]), torch.randn(2, 77, full.unet_config.context_dim)
     outputs = []
