@@ -46,9 +46,13 @@ class Attention(nn.Module):
         v = rearrange(self.to_v(context), "b m (h d) -> b h m d", h=self.heads)
         return k, v
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def queries_keys_values(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[b, n, c] and perhaps [b, m, context_dim] -> [b, h, n, d], [b, h, m, d], [b, h, m, d]."""
         q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
-        k, v = self.keys_values(x if context is None else context)
+        return q, *self.keys_values(x if context is None else context)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        q, k, v = self.queries_keys_values(x, context)
         out: Tensor = self.to_out(rearrange(attend(q, k, v, self.query_rows), "b h n d -> b n (h d)"))
         return out
 

@@ -1,7 +1,7 @@
 """The same layers computed in less time, put on a network from outside and taken off again.
 
-What a layer wants in another form is made when it is called, and let go after it, but for the
-filters of the first kind where the plan has room for them.
+What a layer wants in another form is made when it is called, and let go after it, but for what the
+plan has room to hold from step to step: filters for the first kind below, and on a GPU joined weights.
 
 - A 3x3 convolution by Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2016, arXiv:1509.09308):
   36 products for 16 outputs where the definition takes 144. The transforms are matrix products
@@ -12,6 +12,7 @@ filters of the first kind where the plan has room for them.
 - Weights in half precision are widened a layer at a time where the processor is no slower in
   float32 (memory.choose_arithmetic): fewer roundings, and the memory of half precision.
 - Keys and values of the prompt, the same in every step, are computed once.
+- On a GPU the queries, keys and values of self-attention come from one product with joined weights.
 - With guidance every latent goes through twice, beside either prompt: what lies before the first
   attention to the prompt is computed for one of the two.
 """
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from minpaint.attention import Attention, TransformerBlock
@@ -89,7 +91,8 @@ F4 = Filtering(
     ),
 )
 
-Held = dict[Filtering, list[Tensor]]  # of one layer
+Held = dict[Any, list[Tensor]]  # what was made of one layer's weights, by its form
+JOINED = "joined"
 
 FIRST = "down_blocks.0.attentions.0"  # of a UNet's transformers
 BEFORE_PROMPT = ("conv_in", "down_blocks.0.resnets.0", f"{FIRST}.proj_in", f"{FIRST}.transformer_blocks.0.attn1")
@@ -140,7 +143,7 @@ def accelerated(
     arithmetic: the number format that the network then takes and gives, whatever its weights are
     in; None leaves the layers as they are written. quick: with forms that take memory of their own
     as well. paired: the second half of a UNet's rows differs from the first in its context alone.
-    held: where transformed filters are kept for the next call; the weights must stay as they are.
+    held: where weights in other forms are kept for the next call; they must not change meanwhile.
     """
     before: list[tuple[dict[str, Any], str, dict[str, Any]]] = []
 
@@ -156,6 +159,8 @@ def accelerated(
                 if held is not None and type(module) is nn.Conv2d:
                     form = partial(form, held=held.setdefault(module, {}))
                 replace(module, "forward", form)
+            if arithmetic is None and held is not None and isinstance(module, Attention):
+                replace(module, "queries_keys_values", partial(_joined, module, held.setdefault(module, {})))
             if prompt is not None and isinstance(module, Attention):
                 replace(module, "keys_values", partial(prompt.keys_values, module))
             if paired and name in BEFORE_PROMPT:
@@ -255,6 +260,16 @@ def _both_ways(matrix: Matrix, device: torch.device) -> Tensor:
     """The transform of a square from that of its rows: its Kronecker product with itself."""
     numbers = torch.tensor(matrix, dtype=torch.float64)
     return torch.kron(numbers, numbers).float().to(device)
+
+
+def _joined(module: Attention, held: Held, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention.queries_keys_values; where all three are of the same tokens, by one product."""
+    if context is not None:
+        return Attention.queries_keys_values(module, x, context)
+    if JOINED not in held:
+        held[JOINED] = [torch.cat([layer.weight for layer in (module.to_q, module.to_k, module.to_v)])]
+    q, k, v = rearrange(F.linear(x, held[JOINED][0]), "b n (three h d) -> three b h n d", three=3, h=module.heads)
+    return q, k, v
 
 
 def _conv2d(layer: nn.Conv2d, arithmetic: torch.dtype, quick: bool, x: Tensor, held: Held | None = None) -> Tensor:

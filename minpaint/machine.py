@@ -134,7 +134,7 @@ class Run:
         self.plan = machine.planner.choose(request, machine.budget, machine.base)
         self.fallen_back = False
         self.prompt: Prompt | None = None
-        self.filters: dict[nn.Module, Held] = {}
+        self.held: dict[nn.Module, Held] = {}
         self.replay: Replay | None = None
         forget_peak(self.device)
 
@@ -174,7 +174,8 @@ class Run:
                 self._ask(phase, context)
             watched = is_watched(unet)
             paired = guided and phase.batch >= len(x) and not watched
-            with self._accelerated(phase, unet, paired) as arithmetic:
+            held = self.held if phase.held and not watched else None
+            with self._accelerated(phase, unet, paired, held) as arithmetic:
                 if self.replay is not None and not watched:
                     return self.replay(x.to(arithmetic), t).float()
                 batches = (split(tensor, phase.batch) for tensor in (x.to(arithmetic), t, context))
@@ -189,7 +190,7 @@ class Run:
         keep_heap(self.device, None)
 
     def _forget(self) -> None:
-        self.prompt, self.filters, self.replay = None, {}, None
+        self.prompt, self.held, self.replay = None, {}, None
 
     def _ask(self, phase: Phase, context: Tensor) -> None:
         unet = self.networks.unet
@@ -199,7 +200,9 @@ class Run:
             self.replay = Replay(lambda x, t: unet(x, t, context), self.device)
 
     @contextmanager
-    def _accelerated(self, phase: Phase, network: nn.Module, paired: bool = False) -> Iterator[torch.dtype]:
+    def _accelerated(
+        self, phase: Phase, network: nn.Module, paired: bool = False, held: dict[nn.Module, Held] | None = None
+    ) -> Iterator[torch.dtype]:
         """For a call of a network; gives the number format that it then takes."""
         if not self._knows(network):
             yield phase.dtype
@@ -207,7 +210,6 @@ class Run:
         keep_heap(self.device, phase.keeps)
         arithmetic = None if self.device.type == "cuda" else phase.arithmetic
         prompt = self.prompt if phase.fast else None
-        held = self.filters if phase.filters else None
         with accelerated(network, arithmetic, phase.fast, prompt, paired and phase.fast, held):
             yield phase.arithmetic
 

@@ -35,8 +35,10 @@ ENCODER = ("encoder.", "quant_conv.")  # names of the VAE's tensors that encodin
 FLOWING = ("text_encoder", "unet")  # the VAE's weights are little beside its feature maps
 BANDS = (None, 16, 64)
 QUERY_ROWS = (None, 1024, 128)  # of attention that holds its scores; a fused one needs no slices
-FEW_PIXELS = 3 * 2**18  # of all rows; in larger calls held filters save too little of the time,
-FEW_STEPS = 20  # and in fewer calls than this perhaps less than it takes to get memory for them
+# Where filters are held on the CPU: with more pixels in all rows of a call too little of the time is
+# saved, and in fewer steps perhaps less than it takes to get memory for them.
+FEW_PIXELS = 3 * 2**18
+FEW_STEPS = 20
 LATENTS = 24  # float32 tensors of the latents' shape around the UNet: sampler, history, conditioning
 
 # On CUDA: cuBLAS's workspaces, and what the caching allocator cannot use of what it holds.
@@ -118,9 +120,9 @@ class Phase:
     batch: rows of the UNet's batch in one call, or pictures of the VAE's. bands: of the VAE, None
     is whole. query_rows: of attention at a time, None is all. fast: accelerated (fast.py).
     keeps: with a heap that keeps what is freed (memory.keep_heap). arithmetic: the number format
-    computed in, the same for every plan. filters: bytes of transformed filters that are held
-    (fast.Held). division: which weights flow; None is none. weights, others, working: bytes of its
-    own network with such filters, of the other networks that are there, and of everything else.
+    computed in, the same for every plan. held: bytes of weights that are held in other forms
+    too (fast.Held). division: which weights flow; None is none. weights, others, working: bytes of
+    its own network and what is held, of the other networks that are there, and of everything else.
     peak: with what comes on top.
     """
 
@@ -132,7 +134,7 @@ class Phase:
     fast: bool
     keeps: bool
     arithmetic: torch.dtype
-    filters: int
+    held: int
     division: Division | None
     weights: int
     others: int
@@ -155,8 +157,8 @@ class Phase:
             said.append(f"attention from {self.query_rows} rows")
         if self.fast:
             said.append("accelerated")
-        if self.filters:
-            said.append(f"{format_size(self.filters)} of filters held")
+        if self.held:
+            said.append(f"{format_size(self.held)} held in other forms")
         return ", ".join(said)
 
 
@@ -201,7 +203,7 @@ class _Way:
     query_rows: int | None = None
     fast: bool = False
     keeps: bool = False
-    holds: bool = False  # transformed filters
+    holds: bool = False  # weights in other forms
 
 
 SPEEDS = (  # the fastest first; the last takes least
@@ -223,8 +225,11 @@ class Planner:
         self.reserve = CUDA_RESERVE if self.on_cuda else 0.0
         self.measured: dict[Any, tuple[int, int]] = {}
         self.orders: dict[str, list[str]] = {}
-        saves = dtype != torch.float32  # half precision on the CPU is asked for to save memory
-        self.speeds = [way for way in SPEEDS if not ((way.keeps and self.on_cuda) or (way.holds and saves))]
+        self.speeds = list(SPEEDS)
+        if self.on_cuda:
+            self.speeds = list(dict.fromkeys(replace(way, keeps=False) for way in SPEEDS))
+        elif dtype != torch.float32:  # which is asked for to save memory
+            self.speeds = [way for way in SPEEDS if not way.holds]
 
     def choose(self, request: Request, budget: int, base: int) -> Plan:
         """The fastest plan that fits.
@@ -312,10 +317,11 @@ class Planner:
         return {name: model.to(self.dtype) for name, model in models.items()}
 
     def _ways(self, name: str, request: Request, holds: bool = False) -> Iterator[_Way]:
-        """From the fastest to the one that takes least; holds: with those that hold filters."""
+        """From the fastest to the one that takes least; holds: with those that hold weights in other forms."""
         slices = (None,) if self.fused else QUERY_ROWS
         if name == "denoise":
-            holds = holds and request.rows * request.area <= FEW_PIXELS and request.steps >= FEW_STEPS
+            pays = request.rows * request.area <= FEW_PIXELS and request.steps >= FEW_STEPS
+            holds = holds and (self.on_cuda or pays)
             for speed in self.speeds:
                 batch = request.rows if holds or not speed.holds else 0
                 while batch:
@@ -340,9 +346,9 @@ class Planner:
         self, name: str, request: Request, way: _Way, others: int, base: int, flowing: int | None = None
     ) -> Phase:
         """flowing: the budget that the weights which stay may fill; None has all of them stay."""
-        working, filters = self._working(name, request, way)
+        working, held = self._working(name, request, way)
         extra = self._extra(name, request, working, way)
-        division, weights = None, self._size(name) + filters
+        division, weights = None, self._size(name) + held
         if flowing is not None:
             part = PHASES[name]
             room = int((flowing - base - extra) / (1 + self.reserve)) - working - others
@@ -350,7 +356,7 @@ class Planner:
             weights = division.size
         counted = weights + others + working
         peak = base + extra + counted + math.ceil(counted * self.reserve)
-        done = (way.batch, way.bands, way.query_rows, way.fast, way.keeps, self.arithmetic, filters)
+        done = (way.batch, way.bands, way.query_rows, way.fast, way.keeps, self.arithmetic, held)
         return Phase(name, self.dtype, *done, division, weights, others, working, peak)
 
     def _extra(self, name: str, request: Request, working: int, way: _Way) -> int:
@@ -365,21 +371,21 @@ class Planner:
         return total_size(self.architecture.directories[PHASES[name]], self.dtype)
 
     def _working(self, name: str, request: Request, way: _Way) -> tuple[int, int]:
-        """Bytes that a phase takes beside weights, and those of the filters that it holds."""
+        """Bytes that a phase takes beside weights, and those of weights that it holds in other forms."""
         key = (name, name if name == "text" else replace(request, steps=0), replace(way, keeps=False))
         if key not in self.measured:
             _ = self.models  # made before what they take is measured
             held: dict[nn.Module, Held] | None = {} if way.holds else None
             taken = measure(partial(self._run, name, request, way, held), self.fused).total
-            filters = sum(part.nbytes for forms in (held or {}).values() for parts in forms.values() for part in parts)
-            taken -= filters
+            made = sum(part.nbytes for forms in (held or {}).values() for parts in forms.values() for part in parts)
+            taken -= made
             if name == "denoise":
                 taken += LATENTS * request.count * LATENT_CHANNELS * 4 * request.area // self.architecture.vae.factor**2
             if not self.on_cuda and name != "text":  # the pictures are in the same memory
                 filled = {"encode": request.starts * request.area, "decode": max(request.pixels, request.area)}
                 copies = COPY * filled["encode"] if name == "encode" else 0
                 taken = max(taken + copies, FILLING * filled.get(name, 0)) + CANVAS * request.starts * request.area
-            self.measured[key] = taken, filters
+            self.measured[key] = taken, made
         return self.measured[key]
 
     @without_gradients
@@ -416,7 +422,7 @@ class Planner:
                     prompt.fill(unet)
                 first = list(itertools.islice(parts, 2))
                 if held is not None:
-                    unet(*first[0])  # from now on all filters are there
+                    unet(*first[0])  # from now on all of them are there
                 outputs = [unet(*part).float() for part in first]
             torch.cat(outputs)
 

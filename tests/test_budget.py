@@ -95,9 +95,9 @@ def test_filters_are_held_where_there_is_room(checkpoint: Folders, monkeypatch: 
     held, half = (each.choose(request, UNLIMITED, 0) for each in (planner, full.machine.planner_in(torch.bfloat16)))
     plain = planner.choose(request, held.peak - 1, 0)
     assert plain.resident
-    assert half.phases["denoise"].filters == plain.phases["denoise"].filters == 0
+    assert half.phases["denoise"].held == plain.phases["denoise"].held == 0
     for large_or_short in (Request(1024, 1024), Request(64, 64, steps=5)):
-        assert planner.choose(large_or_short, UNLIMITED, 0).phases["denoise"].filters == 0
+        assert planner.choose(large_or_short, UNLIMITED, 0).phases["denoise"].held == 0
 
     x, t, context = torch.randn(1, 9, 8, 8), torch.tensor([501.0]), torch.randn(2, 77, full.unet_config.context_dim)
     outputs = []
@@ -105,13 +105,18 @@ def test_filters_are_held_where_there_is_room(checkpoint: Folders, monkeypatch: 
         full.machine.budget, phase = plan.peak, plan.phases["denoise"]
         run = machine.Run(full.machine, request, full)
         first, again = (measure(lambda run=run: outputs.append(run.unet(x, t, context))).total for _ in range(2))
-        tensors = [part for forms in run.filters.values() for parts in forms.values() for part in parts]
+        tensors = [part for forms in run.held.values() for parts in forms.values() for part in parts]
         assert {len(part) for part in tensors} == ({16, 36} if plan is held else set())
-        assert sum(part.nbytes for part in tensors) == phase.filters
-        assert first <= phase.filters + phase.working
+        assert sum(part.nbytes for part in tensors) == phase.held
+        assert first <= phase.held + phase.working
         assert again <= phase.working
         run.close()
-        assert not run.filters
+        assert not run.held
+        hook = full.unet.conv_out.register_forward_hook(lambda *_: None)
+        outputs.append(run.unet(x, t, context))  # who looks sees the layers as they are
+        assert not run.held
+        hook.remove()
+        run.close()
     assert all(relative_error(output, outputs[0]) < 1e-5 for output in outputs)
 
 

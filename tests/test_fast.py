@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 import minpaint
 from minpaint import fast, machine, memory
+from minpaint.attention import TransformerBlock
 from minpaint.fast import F2, F4, Filtering, Held, Prompt, accelerated, convolve, is_known
 from minpaint.memory import Replay, choose_arithmetic, is_watched
+from minpaint.plan import Planner, Request
 
 CPU = torch.device("cpu")
 
@@ -145,6 +147,29 @@ def test_keys_and_values_of_the_prompt_alone_are_remembered(checkpoint: Callable
         other = context.clone()
         assert relative_error(painter.unet(x, t, other), painter.unet(x, t, context)) > 1e-6
     assert torch.equal(painter.unet(x, t, other), painter.unet(x, t, context))
+
+
+@pytest.mark.parametrize("family", ["small-sd1", "small-sd2"])
+def test_queries_keys_and_values_of_self_attention_are_one_product(
+    checkpoint: Callable[[str], Path], family: str
+) -> None:
+    painter = minpaint.load(checkpoint(family), "cpu", "fp32")
+    x, t, context = inputs(painter)
+    plain, held = painter.unet(x, t, context), {}
+    queried: list[nn.Module] = []
+    itself = [module.attn1 for module in painter.unet.modules() if isinstance(module, TransformerBlock)]
+    for attention in itself:
+        attention.to_q.register_forward_hook(lambda layer, *_: queried.append(layer))
+    for _ in range(2):
+        with accelerated(painter.unet, None, held=held):
+            assert relative_error(painter.unet(x, t, context), plain) < 1e-5
+    assert not queried
+    joined = [tensor for forms in held.values() for made in forms.values() for tensor in made]
+    planner = Planner(painter.machine.checkpoint.architecture, torch.device("cuda"), torch.float32)
+    assert len(joined) == len(itself)
+    assert planner.choose(Request(64, 64), 2**40, 0).phases["denoise"].held == sum(tensor.nbytes for tensor in joined)
+    painter.unet(x, t, context)
+    assert queried == [attention.to_q for attention in itself]
 
 
 def test_a_changed_layer_is_not_accelerated(checkpoint: Callable[[str], Path]) -> None:
