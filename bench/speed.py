@@ -21,9 +21,9 @@ multiplication of the direct algorithm were made. minpaint may exceed what it co
 multiplies less than the direct algorithm. The text encoder's are left out.
 from fp32: for half precision, the distance from what diffusers' networks give in float32.
 
-A run of fewer steps than asked for is continued with the median of the step's row. The table goes
-to stdout, one JSON line to bench/results/, the lines as they come to stderr. Needs the test extra
-and, for a full-size family, 2 GB of disk and 12 GB of memory in float32.
+A run of fewer steps than asked for is continued with the median of its own steps after the first.
+The table goes to stdout, one JSON line to bench/results/, the lines as they come to stderr. Needs
+the test extra and, for a full-size family, 2 GB of disk and 20 GB of memory in float32.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import math
 import os
 import statistics
 import subprocess
@@ -82,6 +83,7 @@ ROWS = (*NETWORKS, "run")
 TIMESTEP = 501
 CAPTURE = 3  # calls until CUDA graphs are only replayed: a warm-up, the capture, a replay
 OURS, THEIRS, COMPILED = "minpaint", "diffusers", "diffusers compiled"
+RUN_STEPS = 6  # of a run on the CPU
 HEADER = (
     f"{'':40} {'beside':18} {'minpaint s':>10} {'other s':>10} {'ratio':>6} {'min..max':>12} {'differ by':>9}"
     f"  {'peaks':>21}  {'shares':>11}  {'from fp32':>15}"
@@ -138,11 +140,27 @@ def make_inputs(architecture: Architecture, case: Case) -> Inputs:
     )
 
 
+class Pace:
+    """Each run's median seconds from the end of a step to the next one's."""
+
+    def __init__(self) -> None:
+        self.runs: list[float] = []
+        self.ends: list[float] = []
+
+    def step(self, *_: object) -> None:
+        self.ends.append(time.perf_counter())
+
+    def close(self) -> None:
+        taken = [end - start for start, end in itertools.pairwise(self.ends)]
+        self.runs.append(statistics.median(taken) if taken else math.nan)
+        self.ends.clear()
+
+
 class Ours:
     """minpaint's work, row by row."""
 
     def __init__(self, painter: Painter, inputs: Inputs, case: Case) -> None:
-        self.painter, self.inputs, self.case = painter, inputs, case
+        self.painter, self.inputs, self.case, self.pace = painter, inputs, case, Pace()
 
     @contextmanager
     def __call__(self, row: str) -> Iterator[Work]:
@@ -177,7 +195,9 @@ class Ours:
             count=self.case.batch,
             sampler="ddim",
             profile="diffusers",
+            on_step=self.pace.step,
         )
+        self.pace.close()
         return paintings[0].latents
 
 
@@ -185,7 +205,7 @@ class Theirs:
     """diffusers' work, row by row, as its pipeline does it; perhaps with the UNet and the decoder compiled."""
 
     def __init__(self, pipe: Any, inputs: Inputs, case: Case, compiled: bool = False) -> None:
-        self.pipe, self.inputs, self.case = pipe, inputs, case
+        self.pipe, self.inputs, self.case, self.pace = pipe, inputs, case, Pace()
         self.unet, self.decoder = pipe.unet, pipe.vae.decode
         if compiled:
             torch.compiler.reset()  # of the shapes before
@@ -226,7 +246,9 @@ class Theirs:
         unet = pipe.unet
         pipe.unet, pipe.vae.decode = self.unet, lambda latents, **_: (self.decode(latents),)
         try:
-            return run_pipe(pipe, *self.inputs.pictures, case.size, case.steps, case.batch)[0]
+            latents = run_pipe(pipe, *self.inputs.pictures, case.size, case.steps, case.batch, self.pace.step)
+            self.pace.close()
+            return latents[0]
         finally:
             pipe.unet = unet
             del pipe.vae.decode
@@ -362,24 +384,19 @@ def measure_case(
     if options.compiled:
         contestants[COMPILED] = Theirs(pipe, inputs, case, compiled=True)
     left = options.steps - case.steps
-    step: dict[str, float] = {}
-    for row in ROWS:
-        needed = row == "step" and left > 0 and "run" in options.rows
-        if row not in options.rows and not needed:
-            continue
+    for row in options.rows:
         sides: dict[str, Side] = {name: partial(contestant, row) for name, contestant in contestants.items()}
         if row == "encode":
             sides.pop(COMPILED, None)  # the encoder is as it was
         taken = take_turns(sides, case, row, options)
         for name, side in taken.items():
-            if row == "run" and left > 0 and name not in step:
-                side.setdefault("error", "there is no time of a step to go on with")
             if "error" in side:
                 continue
-            if row == "step":
-                step[name] = statistics.median(side["times"])
-            elif row == "run" and left > 0:
-                side["times"] = [seconds + left * step[name] for seconds in side["times"]]
+            if row == "run" and left > 0:
+                side["made"], side["pace"] = side["times"], contestants[name].pace.runs[-options.rounds :]
+                side["times"] = [
+                    seconds + left * pace for seconds, pace in zip(side["made"], side["pace"], strict=True)
+                ]
             side["seconds"] = statistics.median(side["times"])
             side["share"] = flops[row] / side["seconds"] / options.product_speed
             reference = exact.get((case.size, case.batch, row))
@@ -563,7 +580,7 @@ def parse_options() -> argparse.Namespace:
     add("--rows", type=names(ROWS), default=[*ROWS], help=f"default: {','.join(ROWS)}")
     add("--rounds", type=int, default=3)
     add("--steps", type=int, default=50, help="of a run")
-    add("--run-steps", type=int, default=None, help="steps really made; default: all on a GPU, 2 on the CPU")
+    add("--run-steps", type=int, default=None, help=f"steps really made; default: all on a GPU, {RUN_STEPS} on the CPU")
     add("--calls", type=int, default=None, help="of a network, timed together; default: 10 on a GPU, 1 on the CPU")
     add("--warm", type=int, default=1, help="untimed calls before those; default: 1")
     add("--device", default="cpu")
@@ -579,7 +596,7 @@ def parse_options() -> argparse.Namespace:
     on_gpu = options.device.startswith("cuda")
     defaults: dict[str, tuple[Any, Any]] = {
         "batches": ([1, 4], [1]),
-        "run_steps": (options.steps, min(2, options.steps)),
+        "run_steps": (options.steps, RUN_STEPS),
         "calls": (10, 1),
         "dtype": ("fp16", "fp32"),
         "compiled": (True, False),
@@ -587,7 +604,7 @@ def parse_options() -> argparse.Namespace:
     for name, (gpu, cpu) in defaults.items():
         if vars(options)[name] is None:
             setattr(options, name, gpu if on_gpu else cpu)
-    options.run_steps = min(options.run_steps, options.steps)
+    options.run_steps = min(max(options.run_steps, 2), options.steps)
     options.own_sizes = [512, 768, 1024] if on_gpu else [512]
     return options
 
