@@ -1,9 +1,8 @@
-"""How fast minpaint is beside diffusers: each network alone, a whole run, and the cold start.
+"""How fast minpaint is beside diffusers: each network alone, and a whole run.
 
     python -m bench.speed                                   # full-size SD 1.5 and 2 at 512 x 512, on the CPU
     python -m bench.speed --device cuda                     # three sizes, two batches; diffusers compiled, too
     python -m bench.speed --families small-sd1              # a minute, to see that it works
-    python -m bench.speed --cold --families sd15            # from the start of the process to the first step
 
 Both have the same random weights, stored in half precision as the official files are, the same
 inputs and no limit of memory, and take turns (A B A B ...) in one process. minpaint's networks are
@@ -34,12 +33,11 @@ import itertools
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -459,102 +457,6 @@ def measure_family(folder: Path, options: argparse.Namespace) -> Iterator[dict[s
         yield from measure_case(case, painter, pipe, exact, options)
 
 
-PREFACE = """
-import os, sys, time
-def watched(call, on_gpu):
-    def now():
-        if on_gpu:
-            import torch
-            torch.cuda.synchronize()
-        return time.time()
-    def look(*args, **kwargs):
-        if any(getattr(arg, "is_meta", False) for arg in args):
-            return call(*args, **kwargs)  # a plan is being made
-        began = now()
-        call(*args, **kwargs)
-        print("step", began, now(), flush=True)
-        os._exit(0)
-    return look
-"""
-# The program as it is; only minpaint.unet is looked into, when it has been imported.
-START_OURS = """
-import importlib.abc, importlib.util, runpy
-class Look(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name != "minpaint.unet":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-        def load_and_look(module):
-            load(module)
-            module.UNet.forward = watched(module.UNet.forward, on_gpu)
-        spec.loader.exec_module = load_and_look
-        return spec
-folder, device, dtype, image, mask, prompt, negative, steps, output = sys.argv[1:]
-on_gpu = device.startswith("cuda")
-sys.meta_path.insert(0, Look())
-sys.argv = ["minpaint", "paint", "--model", folder, "--device", device, "--dtype", dtype, "--image", image,
-    "--mask", mask, "--prompt", prompt, "--negative-prompt", negative, "--steps", steps, "-o", output,
-    "--profile", "diffusers"]
-runpy.run_module("minpaint", run_name="__main__", alter_sys=True)
-"""
-START_THEIRS = """
-import torch
-from diffusers import StableDiffusionInpaintPipeline
-from PIL import Image
-folder, device, dtype, image, mask, prompt, negative, steps, output = sys.argv[1:]
-dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-pipe = StableDiffusionInpaintPipeline.from_pretrained(folder, torch_dtype=dtype, variant="fp16").to(device)
-pipe.set_progress_bar_config(disable=True)
-pipe.unet.forward = watched(pipe.unet.forward, device.startswith("cuda"))
-image, mask = Image.open(image).convert("RGB"), Image.open(mask)
-pipe(prompt, image, mask, negative_prompt=negative, num_inference_steps=int(steps), height=image.height,
-    width=image.width)[0][0].save(output)
-"""
-
-
-def start(program: str, words: list[str]) -> tuple[float, float]:
-    """Seconds from the start of a process to the beginning and to the end of its first denoising step."""
-    before = time.time()
-    done = subprocess.run(
-        [sys.executable, "-c", PREFACE + program, *words], capture_output=True, text=True, check=False
-    )
-    with suppress(ValueError):
-        for line in done.stdout.splitlines():
-            word, begin, end = line.split()
-            if word == "step":
-                return float(begin) - before, float(end) - before
-    raise RuntimeError(f"no step was seen: {(done.stderr.strip().splitlines() or ['nothing said'])[-1]}")
-
-
-def measure_start(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The rows of one family's cold start."""
-    write_checkpoint(folder, FAMILIES[options.family], dtype=torch.float16, variant="fp16")
-    own = 8 * FAMILIES[options.family]["unet"]["sample_size"]
-    programs = {OURS: START_OURS, THEIRS: START_THEIRS}
-    for size in options.sizes or [own]:
-        words = [str(folder), options.device, options.dtype]
-        for name, picture in zip(("image", "mask"), make_input(size), strict=True):
-            picture.save(folder / f"{name}.png")
-            words.append(str(folder / f"{name}.png"))
-        words += [PROMPT, NEGATIVE, "2", str(folder / "out.png")]
-        seen: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
-        for turn in range(-1, options.rounds):
-            for name, program in programs.items():
-                times = start(program, words)
-                if turn >= 0:  # the one before leaves files in the system's memory and compiled Python behind
-                    seen[name].append(times)
-        for end, row in enumerate(("first step begins", "first step ends")):
-            sides: dict[str, dict[str, Any]] = {}
-            for name, pairs in seen.items():
-                seconds = [pair[end] for pair in pairs]
-                sides[name] = {"times": seconds, "seconds": statistics.median(seconds)}
-            add_ratios(sides)
-            name = f"{options.family} {size}: {row}"
-            yield {"name": name, "family": options.family, "size": size, "row": row, "sides": sides}
-
-
 def names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     """A list of words as an option's type."""
 
@@ -591,7 +493,6 @@ def parse_options() -> argparse.Namespace:
         default=None,
         help="diffusers a second time, compiled; default: on a GPU",
     )
-    add("--cold", action="store_true", help="measure the cold start instead, in processes of its own")
     options = parser.parse_args()
     on_gpu = options.device.startswith("cuda")
     defaults: dict[str, tuple[Any, Any]] = {
@@ -614,12 +515,12 @@ def main() -> None:
     minpaint.plan.FEW_STEPS = 0  # the few steps of a run stand for as many as were asked for
     device = choose_device(options.device)
     asked = {name: value for name, value in vars(options).items() if name != "own_sizes"}
-    options.product_speed = None if options.cold else product_speed(device, choose_dtype(options.dtype, device))
+    options.product_speed = product_speed(device, choose_dtype(options.dtype, device))
     rows = []
     for family in options.families:
         options.family = family
         with tempfile.TemporaryDirectory() as folder:
-            for row in (measure_start if options.cold else measure_family)(Path(folder), options):
+            for row in measure_family(Path(folder), options):
                 rows.append(row)
                 print(*lines(row), sep="\n", file=sys.stderr, flush=True)
         let_go(device)
