@@ -8,6 +8,9 @@ plan has room to hold from step to step: filters for the first kind below, and o
   themselves, and a few tiles go through at a time, which stay in the processor's cache. On a small
   map most of the work is to transform the filters, so that it pays to hold them from step to step;
   and then, on the smallest, F(2x2, 3x3), whose filters take less than half of the memory.
+- Where the processor has units for bfloat16, they gain more than that, and convolutions are the
+  library's: on a small map most of their work is to put the weights into the order that these units
+  want, so that it pays to hold them in it.
 - Feature maps lie with their channels together (NHWC), so that attention needs no transposition.
 - Weights in half precision are widened a layer at a time where the processor is no slower in
   float32 (memory.choose_arithmetic): fewer roundings, and the memory of half precision.
@@ -92,7 +95,7 @@ F4 = Filtering(
 )
 
 Held = dict[Any, list[Tensor]]  # what was made of one layer's weights, by its form
-JOINED = "joined"
+JOINED, PACKED = "joined", "packed"
 
 FIRST = "down_blocks.0.attentions.0"  # of a UNet's transformers
 BEFORE_PROMPT = ("conv_in", "down_blocks.0.resnets.0", f"{FIRST}.proj_in", f"{FIRST}.transformer_blocks.0.attn1")
@@ -184,6 +187,12 @@ def is_known(network: nn.Module) -> bool:
     return all(type(layer) in FORMS and "forward" not in vars(layer) for layer in layers)
 
 
+def can_hold(weights: torch.dtype, arithmetic: torch.dtype) -> bool:
+    """Whether there are weights to hold on the CPU: none that are in half precision to save memory alone."""
+    packs = weights == torch.bfloat16 and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    return weights == arithmetic and (weights == torch.float32 or packs)
+
+
 def convolve(
     x: Tensor,
     weight: Tensor,
@@ -194,6 +203,8 @@ def convolve(
     held: Held | None = None,
 ) -> Tensor:
     """A convolution of [b, c, y, x] with [o, c, k, k] and [o] -> [b, o, y', x'], in x's number format."""
+    if x.dtype == torch.bfloat16:
+        return _convolve_in_bfloat16(x, weight, bias, stride, padding, held)
     (outputs, channels, kernel, _), (height, width) = weight.shape, x.shape[2:]
     small = height * width < SMALL
     wide = (kernel, stride, padding) == (3, 1, 1) and min(channels, outputs) >= NARROW
@@ -211,6 +222,25 @@ def convolve(
         parts = list(zip(torch.split(weight, OUTPUTS), torch.split(bias, OUTPUTS), strict=True))
     made = [F.conv2d(x, part.to(x.dtype), add.to(x.dtype), stride, padding) for part, add in parts]
     return made[0] if len(made) == 1 else torch.cat(made, dim=1)
+
+
+def _convolve_in_bfloat16(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, held: Held | None
+) -> Tensor:
+    """A convolution by the library's kernel, with channels together and, where they are held, packed weights."""
+    together = torch.channels_last
+    x = x.contiguous(memory_format=together)
+    if held is None:
+        return F.conv2d(x, weight.to(x.dtype, memory_format=together), bias.to(x.dtype), stride, padding)
+    shape = [2 * [padding], 2 * [stride], [1, 1], 1]  # with the dilation and the groups
+    if PACKED not in held:
+        pack = torch.ops.aten.mkldnn_reorder_conv2d_weight
+        held[PACKED] = [weight.clone() if x.is_meta else pack(weight.to_mkldnn(), *shape, x.shape)]
+    [packed] = held[PACKED]
+    if x.is_meta:
+        return F.conv2d(x, packed, bias, stride, padding)
+    made: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *shape, "none", [], "")
+    return made
 
 
 def _winograd(x: Tensor, weight: Tensor, bias: Tensor, form: Filtering, held: Held | None = None) -> Tensor:

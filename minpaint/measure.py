@@ -47,7 +47,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, fresh = self._outcome(func, args, kwargs or {})
         for x in fresh:
-            self._count(x.untyped_storage())
+            self._count(_holder(x))
         operands = (args[0], args[1], out) if func in CONVOLUTIONS else ()
         self.peak = max(self.peak, self.live)
         self.most = max(self.most, self.live + sum(x.nbytes for x in operands))
@@ -68,15 +68,16 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             ]
             return made[0] if len(made) == 1 else tuple(made), made
         out = func(*args, **kwargs)
-        there = {x.untyped_storage()._cdata for x in _tensors(given)}
-        fresh = {x.untyped_storage()._cdata: x for x in _tensors([out]) if x.untyped_storage()._cdata not in there}
+        there = {_holder(x)._cdata for x in _tensors(given)}
+        fresh = {_holder(x)._cdata: x for x in _tensors([out]) if _holder(x)._cdata not in there}
         outputs = (out,) if isinstance(out, Tensor) else out if isinstance(out, tuple) and len(out) > 1 else ()
         if outputs and len(fresh) == len(outputs) and all(x.is_meta and x.storage_offset() == 0 for x in outputs):
             self.known[key] = [(x.shape, x.stride(), x.dtype) for x in outputs]
         return out, list(fresh.values())
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+    def _count(self, holder: Tensor | torch.UntypedStorage) -> None:
+        nbytes = holder.nbytes if isinstance(holder, Tensor) else holder.nbytes()
+        key, size = holder._cdata, -(-nbytes // 512) * 512
         if key in self.storages:
             return
 
@@ -84,7 +85,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.live -= size
             del self.storages[key]
 
-        self.storages[key] = weakref.ref(storage, gone)
+        self.storages[key] = weakref.ref(holder, gone)
         self.live += size
 
 
@@ -94,6 +95,11 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
+
+
+def _holder(x: Tensor) -> Any:
+    """What has a tensor's bytes: its storage, or the tensor itself where oneDNN keeps the storage to itself."""
+    return x if x.is_mkldnn else x.untyped_storage()
 
 
 def _look(value: Any) -> Any:

@@ -21,7 +21,7 @@ from minpaint.attention import Attention
 from minpaint.banded import Bands, set_bands
 from minpaint.config import Json, UNetConfig, VAEConfig
 from minpaint.errors import BudgetError
-from minpaint.fast import Held, Prompt, accelerated
+from minpaint.fast import Held, Prompt, accelerated, can_hold
 from minpaint.measure import measure
 from minpaint.memory import attention_is_fused, choose_arithmetic, format_size, without_gradients
 from minpaint.residency import Division, divide, total_size
@@ -35,7 +35,7 @@ ENCODER = ("encoder.", "quant_conv.")  # names of the VAE's tensors that encodin
 FLOWING = ("text_encoder", "unet")  # the VAE's weights are little beside its feature maps
 BANDS = (None, 16, 64)
 QUERY_ROWS = (None, 1024, 128)  # of attention that holds its scores; a fused one needs no slices
-# Where filters are held on the CPU: with more pixels in all rows of a call too little of the time is
+# Where Winograd's filters are held: with more pixels in all rows of a call too little of the time is
 # saved, and in fewer steps perhaps less than it takes to get memory for them.
 FEW_PIXELS = 3 * 2**18
 FEW_STEPS = 20
@@ -228,7 +228,7 @@ class Planner:
         self.speeds = list(SPEEDS)
         if self.on_cuda:
             self.speeds = list(dict.fromkeys(replace(way, keeps=False) for way in SPEEDS))
-        elif dtype != torch.float32:  # which is asked for to save memory
+        elif not can_hold(dtype, self.arithmetic):
             self.speeds = [way for way in SPEEDS if not way.holds]
 
     def choose(self, request: Request, budget: int, base: int) -> Plan:
@@ -321,7 +321,7 @@ class Planner:
         slices = (None,) if self.fused else QUERY_ROWS
         if name == "denoise":
             pays = request.rows * request.area <= FEW_PIXELS and request.steps >= FEW_STEPS
-            holds = holds and (self.on_cuda or pays)
+            holds = holds and (pays or self.on_cuda or self.arithmetic != torch.float32)
             for speed in self.speeds:
                 batch = request.rows if holds or not speed.holds else 0
                 while batch:

@@ -30,11 +30,19 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
     return float(difference) if bool(difference.isfinite()) else float("inf")
 
 
-def largest_level_difference(a: Image.Image, b: Image.Image) -> int:
-    """The largest difference of two 8-bit pictures of one size and mode."""
+def level_differences(a: Image.Image, b: Image.Image) -> Tensor:
+    """Of two 8-bit pictures of one size and mode, number by number."""
     assert (a.size, a.mode) == (b.size, b.mode)
     left, right = (torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8).int() for x in (a, b))
-    return int((left - right).abs().max())
+    return (left - right).abs()
+
+
+def largest_level_difference(a: Image.Image, b: Image.Image) -> int:
+    return int(level_differences(a, b).max())
+
+
+def mean_level_difference(a: Image.Image, b: Image.Image) -> float:
+    return float(level_differences(a, b).float().mean())
 
 
 def make_picture(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:
