@@ -38,7 +38,7 @@ QUERY_ROWS = (None, 1024, 128)  # of attention that holds its scores; a fused on
 # Where Winograd's filters are held: with more pixels in all rows of a call too little of the time is
 # saved, and in fewer steps perhaps less than it takes to get memory for them.
 FEW_PIXELS = 3 * 2**18
-FEW_STEPS = 20
+FEW_STEPS = 30
 LATENTS = 24  # float32 tensors of the latents' shape around the UNet: sampler, history, conditioning
 
 # On CUDA: cuBLAS's workspaces, and what the caching allocator cannot use of what it holds.
