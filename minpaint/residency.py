@@ -121,7 +121,7 @@ class Part:
             raise
 
     def _read(self, directory: Directory) -> Iterator[tuple[str, Tensor]]:
-        mapped = {name: stored for name, stored in directory.items() if FLOATS[stored.kind] == self.dtype}
+        mapped = {name: stored for name, stored in directory.items() if self._can_map(stored)}
         for name, tensor in read_tensors(mapped):
             yield name, self._placed(self.checked(name, tensor.to(self.device)))
         for name, stored in directory.items():
@@ -129,6 +129,10 @@ class Part:
                 tensor = torch.empty(stored.shape, dtype=self.dtype)
                 read_into(stored, tensor)
                 yield name, self._placed(self.checked(name, tensor.to(self.device)))
+
+    def _can_map(self, stored: Stored) -> bool:
+        """Whether a tensor can be used, or sent to a GPU, as it lies in its file."""
+        return FLOATS[stored.kind] == self.dtype and (stored.is_aligned or self.device.type == "cuda")
 
     def _placed(self, tensor: Tensor) -> Tensor:
         """A tensor on the device in the order that is quickest there.

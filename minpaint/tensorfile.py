@@ -24,6 +24,7 @@ from minpaint.errors import CheckpointError
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE = 2**20  # numbers read at a time where they are converted on the way
+ALIGNMENT = 64  # bytes; where PyTorch puts a tensor of its own (c10/core/alignment.h)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,15 @@ class Stored:
             return self
         shape, size = (self.shape[0] // parts, *self.shape[1:]), self.size // parts
         return replace(self, shape=shape, start=self.start + index * size, size=size)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the mapped file has it where PyTorch would put it.
+
+        The order in which a matrix product adds up may depend on where its operands lie, so the same
+        weights give the same bits in every file only if they do not.
+        """
+        return self.start % ALIGNMENT == 0
 
     @property
     def count(self) -> int:
