@@ -22,6 +22,7 @@ plan has room to hold from step to step: filters for the first kind below, and o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minpaint.attention import Attention, TransformerBlock
+from minpaint.errors import MinpaintWarning
+from minpaint.memory import has_bfloat16_kernels, is_out_of_memory
 
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -95,7 +98,7 @@ F4 = Filtering(
 )
 
 Held = dict[Any, list[Tensor]]  # what was made of one layer's weights, by its form
-JOINED, PACKED = "joined", "packed"
+JOINED, PACKED, REFUSED = "joined", "packed", "refused"
 
 FIRST = "down_blocks.0.attentions.0"  # of a UNet's transformers
 BEFORE_PROMPT = ("conv_in", "down_blocks.0.resnets.0", f"{FIRST}.proj_in", f"{FIRST}.transformer_blocks.0.attn1")
@@ -189,7 +192,7 @@ def is_known(network: nn.Module) -> bool:
 
 def can_hold(weights: torch.dtype, arithmetic: torch.dtype) -> bool:
     """Whether there are weights to hold on the CPU: none that are in half precision to save memory alone."""
-    packs = weights == torch.bfloat16 and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    packs = weights == torch.bfloat16 and has_bfloat16_kernels()
     return weights == arithmetic and (weights == torch.float32 or packs)
 
 
@@ -230,8 +233,20 @@ def _convolve_in_bfloat16(
     """A convolution by the library's kernel, with channels together and, where they are held, packed weights."""
     together = torch.channels_last
     x = x.contiguous(memory_format=together)
-    if held is None:
-        return F.conv2d(x, weight.to(x.dtype, memory_format=together), bias.to(x.dtype), stride, padding)
+    if held is not None and REFUSED not in held:
+        try:
+            return _convolve_with_packed(x, weight, bias, stride, padding, held)
+        except Exception as error:  # the operators are private to PyTorch, and may refuse or change
+            if is_out_of_memory(error):
+                raise
+            held.pop(PACKED, None)
+            held[REFUSED] = []
+            _tell_refusal(str(error).partition("\n")[0])
+    return F.conv2d(x, weight.to(x.dtype, memory_format=together), bias.to(x.dtype), stride, padding)
+
+
+def _convolve_with_packed(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, held: Held) -> Tensor:
+    """The same with weights in the processor's own order, made by the first call."""
     shape = [2 * [padding], 2 * [stride], [1, 1], 1]  # with the dilation and the groups
     if PACKED not in held:
         pack = torch.ops.aten.mkldnn_reorder_conv2d_weight
@@ -241,6 +256,13 @@ def _convolve_in_bfloat16(
         return F.conv2d(x, packed, bias, stride, padding)
     made: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *shape, "none", [], "")
     return made
+
+
+@cache
+def _tell_refusal(reason: str) -> None:
+    """Once in a process."""
+    told = f"PyTorch refuses packed bfloat16 weights ({reason[:200]}); going on with weights as they are, more slowly"
+    warnings.warn(told, MinpaintWarning, stacklevel=2)
 
 
 def _winograd(x: Tensor, weight: Tensor, bias: Tensor, form: Filtering, held: Held | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,10 @@ from minpaint.errors import InputError, MinpaintWarning
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_BUDGET = "15GiB"  # a free Colab T4
-SAMPLE, WORTH = 1024, 1.25  # the side of the matrices, and how much quicker half precision has to be
+BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # torch.cpu.get_capabilities' names of them
+WORTH = 1.25  # how much quicker bfloat16 has to be where its products are timed
+CLEAR = 4  # times as quick or as slow as that settles it,
+PATIENCE = 0.2  # and so does the end of so many seconds
 UNITS = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 UNITS |= {f"{unit}b": size for unit, size in UNITS.items() if unit not in ("", "b")}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -81,24 +84,65 @@ def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 @cache
 def choose_arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """In which number format to compute with weights in `dtype`: bfloat16's in float32, where that is no slower.
+    """In which number format to compute with weights in `dtype`.
 
-    On the CPU matrix products of both are timed, once in a process: not every processor has units
-    for bfloat16. What float16 cannot hold is to be seen and told; a GPU has units for either.
+    On a CPU without units for bfloat16 that is float32 for weights in bfloat16: quicker there, and
+    nearer to float32. The processor is asked; where PyTorch cannot tell, products are timed, once in
+    a process. What float16 cannot hold is to be seen and told; a GPU has units for either.
     """
     if device.type == "cuda" or dtype != torch.bfloat16:
         return dtype
+    units = has_bfloat16_units()
+    return dtype if units or (units is None and bfloat16_is_quicker()) else torch.float32
 
-    def seconds(kind: torch.dtype) -> float:
-        a = torch.ones(SAMPLE, SAMPLE, dtype=kind)
-        times = []
-        for _ in range(4):
-            started = time.perf_counter()
-            torch.mm(a, a)
-            times.append(time.perf_counter() - started)
-        return min(times)
 
-    return torch.float32 if seconds(torch.float32) < WORTH * seconds(dtype) else dtype
+def has_bfloat16_kernels() -> bool:
+    """Whether PyTorch's library for the CPU, oneDNN, computes in bfloat16 on this processor.
+
+    Where it does not (x86 without AVX-512 and AVX-NE-CONVERT), its operators refuse bfloat16 or do
+    without the library, a hundred times as slowly as in float32.
+    """
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return ask is not None and bool(ask())
+
+
+def has_bfloat16_units() -> bool | None:
+    """Whether the processor has instructions that multiply in bfloat16; None if PyTorch cannot tell."""
+    if not has_bfloat16_kernels():
+        return False
+    ask: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # newer than PyTorch 2.4
+    known = [bool(ask()[unit]) for unit in BFLOAT16_UNITS if unit in ask()]
+    return any(known) if known else None
+
+
+def bfloat16_is_quicker(
+    product: Callable[[Tensor, Tensor], object] = torch.mm, clock: Callable[[], float] = time.perf_counter
+) -> bool:
+    """Whether matrix products on the CPU are WORTH times as quick in bfloat16 as in float32.
+
+    Matrices of 64 to 1024 rows are tried, each product twice the size of the one before and so
+    eight times as long; it ends with the first clear answer, or where the next would take too long.
+    One thread does it, as several of them wait for each other on a busy machine.
+    """
+    threads, started, gain = torch.get_num_threads(), clock(), 0.0
+    torch.set_num_threads(1)
+    try:
+        for side in (64, 128, 256, 512, 1024):
+            begun, seconds = clock(), []
+            for kind in (torch.float32, torch.bfloat16):
+                matrix, times = torch.ones(side, side, dtype=kind), []
+                for _ in range(3):
+                    before = clock()
+                    product(matrix, matrix)
+                    times.append(clock() - before)
+                seconds.append(max(min(times), 1e-9))
+            gain, now = seconds[0] / seconds[1], clock()
+            is_clear = not WORTH / CLEAR < gain < WORTH * CLEAR
+            if is_clear or now - started + 8 * (now - begun) > PATIENCE:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    return gain > WORTH
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -19,15 +19,17 @@ import minpaint.plan
 from minpaint import fast, machine, residency
 from minpaint.__main__ import main
 from minpaint.errors import MinpaintWarning
-from minpaint.fast import can_hold
 from minpaint.inpaint import Painter, open_frame, open_painter
 from minpaint.measure import measure
-from minpaint.memory import capped, give_back, is_out_of_memory, used_memory
+from minpaint.memory import capped, give_back, has_bfloat16_kernels, is_out_of_memory, used_memory
 from minpaint.plan import Request
 from minpaint.settings import Settings
 
 Folders = Callable[[str], Path]
 GIB = 2**30
+needs_bfloat16_kernels = pytest.mark.skipif(
+    not has_bfloat16_kernels(), reason="the library has no bfloat16 for this processor, and nothing is computed in it"
+)
 UNLIMITED = 2**50
 
 
@@ -77,6 +79,7 @@ def test_any_budget_gives_the_same_picture(
         assert max(map(largest_level_difference, images, unlimited)) <= levels
 
 
+@needs_bfloat16_kernels
 @pytest.mark.usefixtures("without_base")
 def test_any_budget_is_as_near_to_float32_where_the_processor_computes_in_bfloat16(
     checkpoint: Folders, monkeypatch: pytest.MonkeyPatch
@@ -144,8 +147,8 @@ def test_filters_are_held_where_there_is_room(checkpoint: Folders, monkeypatch: 
     assert all(relative_error(output, outputs[0]) < 1e-5 for output in outputs)
 
 
+@needs_bfloat16_kernels
 @pytest.mark.usefixtures("without_base")
-@pytest.mark.skipif(not can_hold(torch.bfloat16, torch.bfloat16), reason="PyTorch is built without oneDNN")
 def test_packed_weights_are_held_where_the_processor_computes_in_bfloat16(
     checkpoint: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:

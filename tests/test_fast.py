@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import minpaint
 from minpaint import fast, machine, memory
 from minpaint.attention import TransformerBlock
-from minpaint.fast import F2, F4, Filtering, Held, Prompt, accelerated, convolve, is_known
-from minpaint.memory import Replay, choose_arithmetic, is_watched
+from minpaint.errors import MinpaintWarning
+from minpaint.fast import F2, F4, Filtering, Held, Prompt, accelerated, can_hold, convolve, is_known
+from minpaint.memory import WORTH, Replay, bfloat16_is_quicker, choose_arithmetic, is_watched
 from minpaint.plan import Planner, Request
 
 CPU = torch.device("cpu")
@@ -237,17 +238,99 @@ def test_what_comes_before_the_prompt_is_computed_once(checkpoint: Callable[[str
     assert rows[3:] == [4]
 
 
-def test_number_formats_are_chosen_by_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(1000))
-    monkeypatch.setattr(memory.time, "perf_counter", lambda: float(next(clock)))  # all products take as long
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Makes PyTorch say of the processor what a test wants."""
+
+    def be(kernels: bool, **capabilities: bool) -> None:
+        choose_arithmetic.cache_clear()
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: kernels, raising=False)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+
+    yield be
     choose_arithmetic.cache_clear()
-    assert choose_arithmetic(CPU, torch.bfloat16) == torch.float32
-    monkeypatch.setattr(memory, "WORTH", 0.5)  # half precision is twice as quick as it has to be
-    choose_arithmetic.cache_clear()
-    assert choose_arithmetic(CPU, torch.bfloat16) == torch.bfloat16
-    choose_arithmetic.cache_clear()
+
+
+def test_the_processor_is_asked_for_units_and_nothing_is_timed(
+    processor: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "bfloat16_is_quicker", lambda: pytest.fail("timed"))
+    for kernels, amx, avx512, chosen in (
+        (True, True, True, torch.bfloat16),
+        (True, False, True, torch.bfloat16),
+        (True, False, False, torch.float32),  # AVX-512 alone: converted to float32 and back
+        (False, False, False, torch.float32),  # AVX2
+        (False, True, True, torch.float32),  # the library was told to do without its units
+    ):
+        processor(kernels, amx_bf16=amx, avx512_bf16=avx512, avx2=True)
+        assert choose_arithmetic(CPU, torch.bfloat16) == chosen
+        assert can_hold(torch.bfloat16, torch.bfloat16) == kernels
+        assert not can_hold(torch.bfloat16, torch.float32)
     assert choose_arithmetic(CPU, torch.float16) == torch.float16
     assert choose_arithmetic(torch.device("cuda"), torch.bfloat16) == torch.bfloat16
+
+
+@pytest.mark.parametrize("quicker", [True, False])
+def test_where_pytorch_cannot_tell_products_are_timed(
+    processor: Callable[..., None], monkeypatch: pytest.MonkeyPatch, quicker: bool
+) -> None:
+    monkeypatch.setattr(memory, "bfloat16_is_quicker", lambda: quicker)
+    processor(True, neon=True)
+    assert choose_arithmetic(CPU, torch.bfloat16) == (torch.bfloat16 if quicker else torch.float32)
+
+
+@pytest.mark.parametrize("overhead", [1e-6, 1e-4])
+@pytest.mark.parametrize(
+    ("full", "half"), [(60e9, 0.17e9), (60e9, 360e9), (60e9, 120e9), (60e9, 60e9), (1e9, 1e9), (0.2e9, 0.17e9)]
+)
+def test_timing_products_takes_little_time_however_slow_they_are(full: float, half: float, overhead: float) -> None:
+    """With a clock that is moved by what the products would take, at so many operations a second."""
+    now = 0.0
+
+    def product(a: Tensor, b: Tensor) -> None:
+        nonlocal now
+        now += overhead + 2 * len(a) ** 3 / (full if a.dtype == torch.float32 else half)
+
+    threads = torch.get_num_threads()
+    assert bfloat16_is_quicker(product, lambda: now) == (half > WORTH * full)
+    assert 0 < now < 0.3
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("refused", ["mkldnn_reorder_conv2d_weight", "_convolution_pointwise"])
+def test_packed_weights_that_are_refused_end_in_the_plain_layer(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    painter = minpaint.load(checkpoint("small-sd1"), "cpu", "bf16")
+    x, t, context = inputs(painter)
+    asked: list[Tensor] = []
+    refusal: Exception = RuntimeError("the processor lacks what it needs\nand more")
+
+    def refuse(x: Tensor, *_: object) -> Tensor:
+        asked.append(x)
+        raise refusal
+
+    # as far as the one that refuses, on any processor
+    monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda weight: weight)
+    monkeypatch.setattr(torch.ops.aten, "mkldnn_reorder_conv2d_weight", lambda weight, *_: weight)
+    monkeypatch.setattr(torch.ops.aten if refused.startswith("mkldnn") else torch.ops.mkldnn, refused, refuse)
+    fast._tell_refusal.cache_clear()
+    held: dict[nn.Module, Held] = {}
+
+    def call(held: dict[nn.Module, Held] | None) -> Tensor:
+        with accelerated(painter.unet, torch.bfloat16, held=held):
+            return painter.unet(x.bfloat16(), t, context.bfloat16())
+
+    plain = call(None)
+    with pytest.warns(MinpaintWarning, match="refuses packed bfloat16 weights .the processor lacks") as told:
+        found = [call(held) for _ in range(2)]
+    assert all(torch.equal(each, plain) for each in found)
+    assert len(told) == 1
+    assert len(asked) == len(held) == sum(isinstance(module, nn.Conv2d) for module in painter.unet.modules())
+    assert not any(made for forms in held.values() for made in forms.values())
+    refusal = MemoryError()
+    with pytest.raises(MemoryError):  # is no refusal, and there is a plan for it
+        call({})
 
 
 def test_a_replay_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
