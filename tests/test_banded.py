@@ -68,6 +68,7 @@ def test_tiles_with_statistics_of_their_own_would_fail() -> None:
     assert relative_error(tiles, whole) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_bands_in_half_precision_are_no_farther_from_float32_than_the_whole(dtype: torch.dtype) -> None:
     exact = both(make_vae("small-sd1"), None, 24, 16)

@@ -68,6 +68,7 @@ def painted_by_plan(folder: Path, dtype: str) -> dict[tuple[str, ...], list[Imag
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype", "levels"), [("small-sd1", "fp32", 1), ("small-sd2", "bf16", 2)])
 @pytest.mark.usefixtures("without_base")
 def test_any_budget_gives_the_same_picture(
@@ -79,6 +80,7 @@ def test_any_budget_gives_the_same_picture(
         assert max(map(largest_level_difference, images, unlimited)) <= levels
 
 
+@pytest.mark.slow
 @needs_bfloat16_kernels
 @pytest.mark.usefixtures("without_base")
 def test_any_budget_is_as_near_to_float32_where_the_processor_computes_in_bfloat16(
@@ -92,6 +94,7 @@ def test_any_budget_is_as_near_to_float32_where_the_processor_computes_in_bfloat
     assert 0 < max(distances) < 1.5 * min(distances)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype"), [("small-sd1", "bf16"), ("small-sd2", "bf16"), ("small-v", "fp16")])
 @pytest.mark.usefixtures("without_base")
 def test_what_a_run_takes_is_what_was_planned(checkpoint: Folders, family: str, dtype: str) -> None:
@@ -100,7 +103,7 @@ def test_what_a_run_takes_is_what_was_planned(checkpoint: Folders, family: str, 
     frame = open_frame(picture, mask, settings)
     first = reopened(checkpoint(family), dtype)
     request = first.request(frame, settings, first.views(frame, settings))
-    for budget in budgets_of(first, request)[::2]:
+    for budget in budgets_of(first, request)[::3]:
         ours = reopened(checkpoint(family), dtype, first)
         ours.machine.budget = budget
         ours.machine.planner.choose(request, budget, 0)  # measures on the meta device, out of what is counted

@@ -183,6 +183,7 @@ def test_a_fault_while_writing_is_exit_code_1_and_leaves_nothing(
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_file(command: Callable[..., list[str]], tmp_path: Path) -> None:
     arguments = command("--steps", "1000", "--sampler", "dpmpp", "--count", "1")
     arguments[arguments.index("1000")] = "900"

@@ -218,6 +218,7 @@ FAKE_HALF: Files = FAKE | {name: f"half {name}".encode() * 50 for name in HALF}
 # ---- downloading and painting ----
 
 
+@pytest.mark.slow
 def test_a_run_downloads_only_what_it_needs_and_the_next_is_the_same_offline(
     tiny_hub: TinyHub, user: User, plain: Files, half: Files, reference: Image.Image
 ) -> None:
@@ -262,6 +263,7 @@ def test_a_branch_is_asked_for_again_but_not_its_files(tiny_hub: TinyHub, user: 
     assert tiny_hub.fetched() == []
 
 
+@pytest.mark.slow
 def test_the_command_line_paints_from_a_revision_with_half_precision_weights_only_in_shards(
     tiny_hub: TinyHub, user: User, half: Files, reference: Image.Image, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def check(frame: Frame, result: Image.Image, given_image: Image.Image, mask: Ima
     assert (before == after)[~near].all()
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(
     size=sizes,
@@ -117,6 +118,7 @@ def test_whatever_is_painted(size: tuple[int, int], mode: str, kind: str, seed: 
     check(frame, frame.finish(picture), image, mask, asked)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     size=sizes,

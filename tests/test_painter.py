@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,7 +212,7 @@ def test_a_text_encoder_that_gives_nan_is_an_error(
         ({"profile": "diffusers", "grow": 2}, "grow is not for profile diffusers"),
         ({"profile": "diffusers", "context": "whole"}, "context is not for profile diffusers"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9A-F]+", "", str(value)),  # the same in every process
 )
 def test_bad_arguments_are_refused_in_one_line(
     painter: Paint, picture: Image.Image, mask: Image.Image, change: dict[str, Any], culprit: str

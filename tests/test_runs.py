@@ -159,7 +159,7 @@ SCHEDULER_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("family", ["small-sd1", "small-sd1-4ch"])
+@pytest.mark.parametrize("family", ["small-sd1", pytest.param("small-sd1-4ch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("setting", SCHEDULER_SETTINGS)
 def test_every_scheduler_setting_equals_the_reference(
     checkpoint: Callable[[str], Path],
