@@ -67,8 +67,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for shape, stride, dtype in self.known[key]
             ]
             return made[0] if len(made) == 1 else tuple(made), made
-        out = func(*args, **kwargs)
         there = {_holder(x)._cdata for x in _tensors(given)}
+        out = func(*args, **kwargs)
         fresh = {_holder(x)._cdata: x for x in _tensors([out]) if _holder(x)._cdata not in there}
         outputs = (out,) if isinstance(out, Tensor) else out if isinstance(out, tuple) and len(out) > 1 else ()
         if outputs and len(fresh) == len(outputs) and all(x.is_meta and x.storage_offset() == 0 for x in outputs):

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from minpaint.errors import CheckpointError
 from minpaint.memory import Lane, give_back, outside_inference
-from minpaint.tensorfile import FLOATS, Directory, Stored, assign, read_into, read_tensors
+from minpaint.tensorfile import FLOATS, Directory, Stored, assign, empty_pages, read_into, read_tensors
 
 ALIGNMENT = 512  # bytes; the CUDA allocator's, kept in the buffers too
 SMALL = 2**16  # bytes; a layer up to this size is not worth a copy of its own
@@ -126,7 +126,8 @@ class Part:
             yield name, self._placed(self.checked(name, tensor.to(self.device)))
         for name, stored in directory.items():
             if name not in mapped:
-                tensor = torch.empty(stored.shape, dtype=self.dtype)
+                make = torch.empty if self.device.type == "cuda" else empty_pages
+                tensor = make(stored.shape, dtype=self.dtype)
                 read_into(stored, tensor)
                 yield name, self._placed(self.checked(name, tensor.to(self.device)))
 

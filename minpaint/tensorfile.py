@@ -145,6 +145,21 @@ def read_into(stored: Stored, target: Tensor) -> None:
             piece.copy_(read)
 
 
+def empty_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A CPU tensor in pages of its own, to be filled; MemoryError if there are none.
+
+    They lie aligned, and go back to the system when the tensor is freed. In the heap weights of
+    some megabytes would leave holes that activations do not fit in.
+    """
+    size = max(math.prod(shape) * dtype.itemsize, 1)
+    try:
+        pages = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise MemoryError(f"{size} bytes for weights: {error}") from None
+    storage = torch.frombuffer(pages, dtype=torch.uint8).untyped_storage()
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
+
+
 def _fill(file: BinaryIO, flat: Tensor) -> None:
     """Read as many bytes as a tensor has; CheckpointError if the file has become shorter."""
     place = memoryview((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr())).cast("B")

@@ -15,9 +15,11 @@ from conftest import make_mask, make_picture
 import minpaint
 from minpaint import residency
 from minpaint.inpaint import open_frame, open_painter
+from minpaint.measure import measure
 from minpaint.memory import give_back, used_memory
 from minpaint.residency import divide
 from minpaint.settings import Settings
+from minpaint.tensorfile import empty_pages
 
 Folders = Callable[[str], Path]
 UNLIMITED = 2**50
@@ -156,6 +158,29 @@ def test_a_network_put_in_the_place_of_ours_is_the_one_that_runs(checkpoint: Fol
     ours.unet = Zero()
     ours(make_picture(), make_mask(), "a dog", steps=3)
     assert Zero.calls == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_weights_that_are_read_lie_aligned_and_go_back_to_the_system() -> None:
+    cpu = torch.device("cpu")
+    kept: list[torch.Tensor] = []
+
+    def read() -> None:
+        tensors = [empty_pages((n, 3, 1000), torch.float16).fill_(1) for n in range(1, 100)]
+        assert all(tensor.shape == (n, 3, 1000) and tensor.is_contiguous() for n, tensor in enumerate(tensors, 1))
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
+        kept.extend(tensors)
+
+    size = 6000 * sum(range(1, 100))
+    assert size <= measure(read).live < 1.01 * size  # they are seen by what counts memory
+    kept.clear()
+    before = used_memory(cpu)
+    read()
+    assert used_memory(cpu) - before > 0.95 * size
+    del kept[::2]  # no two neighbours: a heap would keep holes
+    assert used_memory(cpu) - before < 0.6 * size
+    with pytest.raises(MemoryError, match="bytes for weights"):
+        empty_pages((2**60,), torch.float32)
 
 
 @pytest.mark.slow
