@@ -246,7 +246,7 @@ def _convolve_in_bfloat16(
 
 
 def _convolve_with_packed(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, held: Held) -> Tensor:
-    """The same with weights in the processor's own order, made by the first call."""
+    """A convolution with weights in the order that the processor's units want, made by the first call."""
     shape = [2 * [padding], 2 * [stride], [1, 1], 1]  # with the dilation and the groups
     if PACKED not in held:
         pack = torch.ops.aten.mkldnn_reorder_conv2d_weight
@@ -260,7 +260,7 @@ def _convolve_with_packed(x: Tensor, weight: Tensor, bias: Tensor, stride: int, 
 
 @cache
 def _tell_refusal(reason: str) -> None:
-    """Once in a process."""
+    """Say so, once in a process for one reason."""
     told = f"PyTorch refuses packed bfloat16 weights ({reason[:200]}); going on with weights as they are, more slowly"
     warnings.warn(told, MinpaintWarning, stacklevel=2)
 

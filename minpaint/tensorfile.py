@@ -50,10 +50,10 @@ class Stored:
 
     @property
     def is_aligned(self) -> bool:
-        """Whether the mapped file has it where PyTorch would put it.
+        """Whether it lies in the mapped file at an address where PyTorch could have put it.
 
-        The order in which a matrix product adds up may depend on where its operands lie, so the same
-        weights give the same bits in every file only if they do not.
+        The order in which a matrix product adds up may depend on the address of its operands. The
+        same weights give the same bits from every file only if they are always aligned.
         """
         return self.start % ALIGNMENT == 0
 
