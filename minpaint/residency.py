@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from minpaint.errors import CheckpointError
 from minpaint.memory import Lane, give_back, outside_inference
-from minpaint.tensorfile import FLOATS, Directory, Stored, assign, empty_pages, read_into, read_tensors
+from minpaint.tensorfile import FLOATS, Directory, Stored, assign, empty_pages, piece_buffer, read_into, read_tensors
 
 ALIGNMENT = 512  # bytes; the CUDA allocator's, kept in the buffers too
 SMALL = 2**16  # bytes; a layer up to this size is not worth a copy of its own
@@ -124,12 +124,13 @@ class Part:
         mapped = {name: stored for name, stored in directory.items() if self._can_map(stored)}
         for name, tensor in read_tensors(mapped):
             yield name, self._placed(self.checked(name, tensor.to(self.device)))
-        for name, stored in directory.items():
-            if name not in mapped:
-                make = torch.empty if self.device.type == "cuda" else empty_pages
-                tensor = make(stored.shape, dtype=self.dtype)
-                read_into(stored, tensor)
-                yield name, self._placed(self.checked(name, tensor.to(self.device)))
+        rest = {name: stored for name, stored in directory.items() if name not in mapped}
+        make = torch.empty if self.device.type == "cuda" else empty_pages
+        buffer = piece_buffer(rest.values(), self.dtype)
+        for name, stored in rest.items():
+            tensor = make(stored.shape, dtype=self.dtype)
+            read_into(stored, tensor, buffer)
+            yield name, self._placed(self.checked(name, tensor.to(self.device)))
 
     def _can_map(self, stored: Stored) -> bool:
         """Whether a tensor can be used, or sent to a GPU, as it lies in its file."""
@@ -213,8 +214,10 @@ class Flow:
     def _bring(self, number: int, side: int, after: Any) -> Any:
         here, there = self.buffers[side]
         self.lane.finish(self.sent[side])
+        directory = self.part.directory
+        buffer = piece_buffer([directory[name] for name in self.chunks[number]], self.part.dtype)
         for name, view in self._views(number, here).items():
-            read_into(self.part.directory[name], view)
+            read_into(directory[name], view, buffer)
             if number not in self.checked:
                 self.part.checked(name, view)
         self.checked.add(number)

@@ -10,7 +10,7 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,10 +126,18 @@ def read_tensors(directory: Directory) -> Iterator[tuple[str, Tensor]]:
                 yield name, _typed(flat, stored)
 
 
-def read_into(stored: Stored, target: Tensor) -> None:
+def piece_buffer(tensors: Iterable[Stored], dtype: torch.dtype) -> Tensor:
+    """Bytes enough for `read_into` to convert any of these tensors to `dtype` piece by piece."""
+    kinds = [(FLOATS[stored.kind], stored.count) for stored in tensors]
+    sizes = [min(PIECE, count) * kind.itemsize for kind, count in kinds if kind != dtype]
+    return torch.empty(max(sizes, default=0), dtype=torch.uint8)
+
+
+def read_into(stored: Stored, target: Tensor, buffer: Tensor | None = None) -> None:
     """Fill a contiguous CPU tensor from a file without mapping it, converting in small pieces.
 
-    The memory this takes is `target`'s and a few MiB, whatever the file's size.
+    The memory this takes is `target`'s and a few MiB, whatever the file's size. `buffer`: a
+    `piece_buffer` that serves many tensors; a fresh one for each would leave holes in the heap.
     """
     kind = FLOATS[stored.kind]
     flat = target.view(-1)
@@ -138,9 +146,10 @@ def read_into(stored: Stored, target: Tensor) -> None:
         if kind == target.dtype:
             _fill(file, flat)
             return
-        buffer = torch.empty(min(PIECE, len(flat)), dtype=kind)  # one: fresh memory takes longer than reading
+        if buffer is None:
+            buffer = piece_buffer([stored], target.dtype)
         for piece in torch.split(flat, PIECE):
-            read = buffer[: len(piece)]
+            read = buffer[: len(piece) * kind.itemsize].view(kind)
             _fill(file, read)
             piece.copy_(read)
 
