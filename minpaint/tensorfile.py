@@ -133,11 +133,11 @@ def piece_buffer(tensors: Iterable[Stored], dtype: torch.dtype) -> Tensor:
     return torch.empty(max(sizes, default=0), dtype=torch.uint8)
 
 
-def read_into(stored: Stored, target: Tensor, buffer: Tensor | None = None) -> None:
+def read_into(stored: Stored, target: Tensor, buffer: Tensor) -> None:
     """Fill a contiguous CPU tensor from a file without mapping it, converting in small pieces.
 
-    The memory this takes is `target`'s and a few MiB, whatever the file's size. `buffer`: a
-    `piece_buffer` that serves many tensors; a fresh one for each would leave holes in the heap.
+    The memory this takes is `target`'s and a few MiB, whatever the file's size. `buffer`: the
+    `piece_buffer` of all tensors that are read together; a fresh one for each leaves holes in the heap.
     """
     kind = FLOATS[stored.kind]
     flat = target.view(-1)
@@ -146,8 +146,6 @@ def read_into(stored: Stored, target: Tensor, buffer: Tensor | None = None) -> N
         if kind == target.dtype:
             _fill(file, flat)
             return
-        if buffer is None:
-            buffer = piece_buffer([stored], target.dtype)
         for piece in torch.split(flat, PIECE):
             read = buffer[: len(piece) * kind.itemsize].view(kind)
             _fill(file, read)
