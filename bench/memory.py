@@ -34,8 +34,8 @@ import torch
 
 import minpaint
 from bench.versus_diffusers import NEGATIVE, PROMPT, append, make_input, relative, run_pipe
-from minpaint.inpaint import open_painter
-from minpaint.memory import choose_device, choose_dtype, forget_peak, format_size, give_back, peak_memory
+from minpaint.engine.memory import choose_device, choose_dtype, forget_peak, format_size, give_back, peak_memory
+from minpaint.painter import open_painter
 from weights.random_checkpoint import FAMILIES, write_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "memory.jsonl"

@@ -21,9 +21,9 @@ from PIL import Image, ImageDraw
 
 import minpaint
 from bench.versus_diffusers import alternate, append, timed
-from minpaint.inpaint import open_frame
-from minpaint.memory import choose_device, choose_dtype
-from minpaint.saving import save
+from minpaint.engine.memory import choose_device, choose_dtype
+from minpaint.painter import open_frame
+from minpaint.picture.saving import save
 from minpaint.settings import Settings
 from weights.random_checkpoint import FAMILIES, write_checkpoint
 

@@ -8,10 +8,10 @@ import torch
 from PIL import Image, ImageChops
 
 import minpaint
-from minpaint.example import bundled
-from minpaint.frame import stages
-from minpaint.image import open_image, strip, to_image
-from minpaint.inpaint import open_frame
+from minpaint.cli.example import bundled
+from minpaint.painter import open_frame
+from minpaint.picture.frame import stages
+from minpaint.picture.image import open_image, strip, to_image
 from minpaint.settings import Settings
 
 FOLDER = Path(__file__).parent / "results"

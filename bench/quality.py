@@ -30,8 +30,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import minpaint
-from minpaint.image import to_image, to_unit
-from minpaint.inpaint import Painter
+from minpaint.painter import Painter
+from minpaint.picture.image import to_image, to_unit
 from weights import world
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"

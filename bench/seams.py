@@ -40,10 +40,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from bench.quality import HELD_OUT, Case, tiny
-from minpaint.hub import weights_folder
-from minpaint.image import to_unit
-from minpaint.inpaint import open_frame
-from minpaint.seam import seam_error
+from minpaint.checkpoint.hub import weights_folder
+from minpaint.painter import open_frame
+from minpaint.picture.image import to_unit
+from minpaint.picture.seam import seam_error
 from minpaint.settings import Settings
 from weights import world
 

@@ -52,13 +52,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import minpaint
-import minpaint.plan
+import minpaint.engine.plan
 from bench.versus_diffusers import NEGATIVE, PROMPT, append, compare, make_input, relative, run_pipe, timed
-from minpaint.checkpoint import outline
-from minpaint.inpaint import Painter
-from minpaint.machine import Run
-from minpaint.measure import measure
-from minpaint.memory import (
+from minpaint.checkpoint.architecture import Architecture, blank_models
+from minpaint.checkpoint.load import outline
+from minpaint.engine.measure import measure
+from minpaint.engine.memory import (
     choose_device,
     choose_dtype,
     forget_peak,
@@ -70,8 +69,10 @@ from minpaint.memory import (
     used_memory,
     without_gradients,
 )
-from minpaint.plan import Architecture, Request, blank_models
-from minpaint.vae import LATENT_CHANNELS
+from minpaint.engine.plan import Request
+from minpaint.engine.run import Run
+from minpaint.models.vae import LATENT_CHANNELS
+from minpaint.painter import Painter
 from weights.random_checkpoint import FAMILIES, write_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
@@ -512,7 +513,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    minpaint.plan.FEW_STEPS = 0  # the few steps of a run stand for as many as were asked for
+    minpaint.engine.plan.FEW_STEPS = 0  # the few steps of a run stand for as many as were asked for
     device = choose_device(options.device)
     asked = {name: value for name, value in vars(options).items() if name != "own_sizes"}
     options.product_speed = product_speed(device, choose_dtype(options.dtype, device))

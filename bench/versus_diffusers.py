@@ -34,15 +34,15 @@ import torch
 from PIL import Image, ImageDraw
 
 import minpaint
-from minpaint.memory import choose_device, choose_dtype
+from minpaint.engine.memory import choose_device, choose_dtype
 from weights.random_checkpoint import FAMILIES, write_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "versus_diffusers.jsonl"
 IMPORTS = {
     "bare Python": ("pass", "pass"),
-    "paint --help": ("from minpaint.__main__ import _parser; _parser().format_help()", "pass"),
+    "paint --help": ("from minpaint.cli.main import _parser; _parser().format_help()", "pass"),
     "import": (
-        "import minpaint.inpaint; from transformers import CLIPTextModel, CLIPTokenizer",
+        "import minpaint.painter; from transformers import CLIPTextModel, CLIPTokenizer",
         "from diffusers import StableDiffusionInpaintPipeline",
     ),
 }

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from minpaint.inpaint import Painter
+    from minpaint.painter import Painter
 
 __version__ = "0.1.0"
 __all__ = ["BudgetError", "CheckpointError", "InputError", "MinpaintError", "load"]
@@ -52,7 +52,7 @@ def load(
             that are missing, damaged or not supported. BudgetError: the budget cannot hold even
             the smallest picture.
     """
-    from minpaint.inpaint import open_painter
+    from minpaint.painter import open_painter
 
     painter = open_painter(model, device, dtype, budget, config)
     painter.machine.settle()

@@ -16,10 +16,46 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from minpaint.config import SchedulerConfig
-from minpaint.errors import InputError
+from minpaint.errors import CheckpointError, InputError
 
 RUNGE_KUTTA_STEPS = 4  # timesteps that the warm-up of PNDM spans, `pndm_order` in the reference
+SAMPLER_OF_CLASS = {
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "pndm",
+    "DPMSolverMultistepScheduler": "dpmpp",
+}
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """The noise schedule a checkpoint was trained with, and what it asks of a sampler.
+
+    `None` stands for a key the file leaves out: each sampler then has the default of its own
+    class in the reference, as `from_config` there gives it.
+    """
+
+    class_name: str
+    train_steps: int
+    beta_start: float
+    beta_end: float
+    beta_schedule: str
+    prediction: str
+    steps_offset: int
+    spacing: str | None
+    set_alpha_to_one: bool | None
+    clip_sample: bool | None
+    clip_sample_range: float
+    skip_prk_steps: bool
+
+    @property
+    def sampler(self) -> str:
+        """The sampler this checkpoint names; CheckpointError if it is none of ours."""
+        if self.class_name not in SAMPLER_OF_CLASS:
+            raise CheckpointError(
+                f"scheduler/scheduler_config.json: _class_name {self.class_name!r} is not "
+                f"supported; choose a sampler: ddim, pndm or dpmpp"
+            )
+        return SAMPLER_OF_CLASS[self.class_name]
 
 
 @dataclass(frozen=True)

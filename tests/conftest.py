@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import minpaint
-from minpaint import machine
-from minpaint.inpaint import Painter
+from minpaint.engine import run as machine
+from minpaint.painter import Painter
 from weights.random_checkpoint import FAMILIES, write_checkpoint
 
 SMALL_FAMILIES = ("small-sd1", "small-sd2", "small-sd1-4ch", "small-v")

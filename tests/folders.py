@@ -19,11 +19,11 @@ from single_file import (
 from torch import Tensor, nn
 
 import minpaint
-from minpaint.config import text_config, unet_config, vae_config
-from minpaint.inpaint import Painter
-from minpaint.text import build_text_encoder
-from minpaint.unet import UNet
-from minpaint.vae import VAE
+from minpaint.checkpoint.configs import text_config, unet_config, vae_config
+from minpaint.models.text import build_text_encoder
+from minpaint.models.unet import UNet
+from minpaint.models.vae import VAE
+from minpaint.painter import Painter
 from weights.random_checkpoint import FAMILIES, PNDM, SCHEDULER
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,9 +21,9 @@ from folders import (
 from PIL import Image
 
 import minpaint
-from minpaint import hub
-from minpaint.checkpoint import describe
-from minpaint.inpaint import Painter
+from minpaint.checkpoint import hub
+from minpaint.checkpoint.load import describe
+from minpaint.painter import Painter
 from weights.random_checkpoint import write_tokenizer
 
 # ---- bad configurations ----

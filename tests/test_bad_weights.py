@@ -32,7 +32,7 @@ from single_file import (
 from torch import Tensor
 
 import minpaint
-from minpaint import hub
+from minpaint.checkpoint import hub
 from weights.random_checkpoint import write_checkpoint
 
 # ---- bad weights ----

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minpaint.attention import Attention, attend
-from minpaint.banded import Bands, set_bands
-from minpaint.config import vae_config
-from minpaint.measure import measure
-from minpaint.plan import set_query_rows
-from minpaint.vae import VAE
+from minpaint.checkpoint.configs import vae_config
+from minpaint.engine.banded import Bands, set_bands
+from minpaint.engine.measure import measure
+from minpaint.engine.plan import set_query_rows
+from minpaint.models.attention import Attention, attend
+from minpaint.models.vae import VAE
 from weights.random_checkpoint import FAMILIES, randomise
 
 TOLERANCE = 1e-4

@@ -15,14 +15,15 @@ from PIL import Image
 from torch import nn
 
 import minpaint
-import minpaint.plan
-from minpaint import fast, machine, residency
-from minpaint.__main__ import main
+import minpaint.engine.plan
+from minpaint.cli.main import main
+from minpaint.engine import fast, residency
+from minpaint.engine import run as machine
+from minpaint.engine.measure import measure
+from minpaint.engine.memory import capped, give_back, has_bfloat16_kernels, is_out_of_memory, used_memory
+from minpaint.engine.plan import Request
 from minpaint.errors import MinpaintWarning
-from minpaint.inpaint import Painter, open_frame, open_painter
-from minpaint.measure import measure
-from minpaint.memory import capped, give_back, has_bfloat16_kernels, is_out_of_memory, used_memory
-from minpaint.plan import Request
+from minpaint.painter import Painter, open_frame, open_painter
 from minpaint.settings import Settings
 
 Folders = Callable[[str], Path]

@@ -8,10 +8,10 @@ import torch
 from conftest import make_mask, make_picture
 from PIL import Image, ImageDraw
 
-from minpaint.canvas import View, choose_views, mirror, reference_canvas
 from minpaint.errors import InputError
-from minpaint.fill import membrane
-from minpaint.mask import feather
+from minpaint.picture.canvas import View, choose_views, mirror, reference_canvas
+from minpaint.picture.fill import membrane
+from minpaint.picture.mask import feather
 
 NATIVE = 64
 

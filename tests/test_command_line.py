@@ -16,7 +16,7 @@ import pytest
 from conftest import largest_level_difference, make_mask, make_picture
 from PIL import Image
 
-from minpaint.__main__ import main
+from minpaint.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -214,7 +214,7 @@ def test_the_default_model_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_help_is_quick() -> None:
     """Not a timed test: help may import nothing heavy, which test_architecture checks for all."""
     code = (
-        "import sys; from minpaint.__main__ import main\n"
+        "import sys; from minpaint.cli.main import main\n"
         "try: main(['paint', '--help'])\n"
         "finally: assert 'torch' not in sys.modules"
     )

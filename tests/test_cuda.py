@@ -11,9 +11,9 @@ from conftest import SMALL_FAMILIES, largest_level_difference, relative_error
 from PIL import Image
 
 import minpaint
-from minpaint.inpaint import Painter, open_frame, open_painter
-from minpaint.memory import capped, give_back, is_out_of_memory, used_memory
-from minpaint.residency import divide
+from minpaint.engine.memory import capped, give_back, is_out_of_memory, used_memory
+from minpaint.engine.residency import divide
+from minpaint.painter import Painter, open_frame, open_painter
 from minpaint.settings import Settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")

@@ -14,12 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import minpaint
-from minpaint import fast, machine, memory
-from minpaint.attention import TransformerBlock
+from minpaint.engine import fast, memory
+from minpaint.engine import run as machine
+from minpaint.engine.fast import F2, F4, Filtering, Held, Prompt, accelerated, can_hold, convolve, is_known
+from minpaint.engine.memory import WORTH, Replay, bfloat16_is_quicker, choose_arithmetic, is_watched
+from minpaint.engine.plan import Planner, Request
 from minpaint.errors import MinpaintWarning
-from minpaint.fast import F2, F4, Filtering, Held, Prompt, accelerated, can_hold, convolve, is_known
-from minpaint.memory import WORTH, Replay, bfloat16_is_quicker, choose_arithmetic, is_watched
-from minpaint.plan import Planner, Request
+from minpaint.models.attention import TransformerBlock
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minpaint.fill import from_nearest, membrane, nearest
+from minpaint.picture.fill import from_nearest, membrane, nearest
 
 
 def solve(x: torch.Tensor, known: torch.Tensor) -> torch.Tensor:

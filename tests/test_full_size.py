@@ -13,13 +13,13 @@ import torch
 from conftest import make_mask, make_picture, relative_error
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from minpaint import machine
-from minpaint.config import unet_config, vae_config
-from minpaint.inpaint import open_frame, open_painter
-from minpaint.measure import measure
+from minpaint.checkpoint.configs import unet_config, vae_config
+from minpaint.engine import run as machine
+from minpaint.engine.measure import measure
+from minpaint.models.unet import UNet
+from minpaint.models.vae import VAE
+from minpaint.painter import open_frame, open_painter
 from minpaint.settings import Settings
-from minpaint.unet import UNet
-from minpaint.vae import VAE
 from weights.random_checkpoint import FAMILIES, randomise, write_checkpoint
 
 pytestmark = [pytest.mark.full_size, pytest.mark.slow]

@@ -31,11 +31,11 @@ from single_file import write_single_file
 from tiny_hub import FIRST, NAME, SECOND, Files, TinyHub, sha256
 
 import minpaint
-from minpaint import hub
-from minpaint.__main__ import main
-from minpaint.checkpoint import HUB_ID
+from minpaint.checkpoint import hub
+from minpaint.checkpoint.load import HUB_ID
+from minpaint.cli.main import main
 from minpaint.errors import CheckpointError
-from minpaint.inpaint import Painter
+from minpaint.painter import Painter
 from weights.random_checkpoint import FAMILIES, write_checkpoint, write_tokenizer
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ def tiny_hub() -> Iterator[TinyHub]:
 # ---- whoever uses it ----
 
 # What takes long to import and does not import huggingface_hub; most of transformers is the second.
-PRELOADED = ["torch", "torch.distributed.tensor", "minpaint.inpaint", "pytest"]
+PRELOADED = ["torch", "torch.distributed.tensor", "minpaint.painter", "pytest"]
 
 
 @dataclass

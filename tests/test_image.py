@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from minpaint.errors import InputError, MinpaintWarning
-from minpaint.image import (
+from minpaint.picture.image import (
     KEPT_MODES,
     alpha_of,
     expand,

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from minpaint.canvas import choose_views
 from minpaint.errors import InputError
-from minpaint.frame import Frame
-from minpaint.image import KEPT_MODES
-from minpaint.inpaint import Painter, open_frame
-from minpaint.saving import save
+from minpaint.painter import Painter, open_frame
+from minpaint.picture.canvas import choose_views
+from minpaint.picture.frame import Frame
+from minpaint.picture.image import KEPT_MODES
+from minpaint.picture.saving import save
 from minpaint.settings import Settings
 
 NATIVE = 64

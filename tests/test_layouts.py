@@ -50,13 +50,13 @@ from single_file import (
 )
 from torch import Tensor
 
-from minpaint import hub
-from minpaint.checkpoint import describe
-from minpaint.config import scheduler_config, text_config, unet_config, vae_config
+from minpaint.checkpoint import hub
+from minpaint.checkpoint.configs import scheduler_config, text_config, unet_config, vae_config
+from minpaint.checkpoint.load import describe
+from minpaint.checkpoint.tensorfile import read_directory, read_tensors
 from minpaint.errors import MinpaintWarning
-from minpaint.inpaint import Painter
-from minpaint.tensorfile import read_directory, read_tensors
-from minpaint.text import END
+from minpaint.models.text import END
+from minpaint.painter import Painter
 from weights.random_checkpoint import FAMILIES, write_checkpoint, write_tokenizer
 
 # ---- the same weights in every layout ----
@@ -486,7 +486,7 @@ def test_official_folders_are_described_as_they_are_published(name: str, half: b
 @needs_official
 @pytest.mark.parametrize(("name", "pad"), [("sd15-inpainting", 49407), ("sd2-inpainting", 0)])
 def test_the_official_tokenizers_pad_as_published(name: str, pad: int, tmp_path: Path) -> None:
-    from minpaint.text import load_tokenizer
+    from minpaint.models.text import load_tokenizer
 
     folder = Path(shutil.copytree(OFFICIAL / name / "tokenizer", tmp_path / "tokenizer"))
     shutil.copytree(OFFICIAL / "clip-tokenizer", folder, dirs_exist_ok=True)

@@ -9,7 +9,7 @@ from conftest import make_mask, make_picture
 from PIL import Image, ImageDraw
 
 from minpaint.errors import InputError
-from minpaint.mask import feather, find_hole, grow, islands
+from minpaint.picture.mask import feather, find_hole, grow, islands
 
 
 def dot(size: tuple[int, int], *at: tuple[int, int]) -> Image.Image:

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import minpaint
-from minpaint.hub import catalogue
-from minpaint.image import to_unit
-from minpaint.inpaint import Painter
+from minpaint.checkpoint.hub import catalogue
+from minpaint.painter import Painter
+from minpaint.picture.image import to_unit
 
 PROMPT = "Face of a yellow cat, high resolution, sitting on a park bench"
 TOLERANCE = 1e-2

@@ -14,10 +14,10 @@ from conftest import largest_level_difference, make_mask, make_picture, relative
 from PIL import Image
 
 import minpaint
-import minpaint.inpaint
+import minpaint.painter
+from minpaint.engine.memory import choose_device, choose_dtype, parse_budget
 from minpaint.errors import MinpaintWarning
-from minpaint.inpaint import Painter
-from minpaint.memory import choose_device, choose_dtype, parse_budget
+from minpaint.painter import Painter
 
 Paint = Callable[[str], Painter]
 
@@ -311,8 +311,8 @@ def test_the_kept_cells_end_as_the_pictures_own(painter: Paint, picture: Image.I
     """At every step, and for models that were trained for inpainting too."""
     for family in ("small-sd1", "small-sd1-4ch"):
         ours = painter(family)
-        settings = minpaint.inpaint.Settings("a dog", steps=4)
-        frame = minpaint.inpaint.open_frame(picture, mask, settings)
+        settings = minpaint.painter.Settings("a dog", steps=4)
+        frame = minpaint.painter.open_frame(picture, mask, settings)
         canvas = ours.canvas(frame, settings, ours.views(frame, settings)[0], [picture])
         kept = (canvas.cells == 0).expand(1, 4, -1, -1)
         ends = [ours(picture, mask, prompt, steps=4)[0].latents[None] for prompt in ("a dog", "a cat")]

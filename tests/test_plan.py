@@ -14,16 +14,17 @@ import torch
 from conftest import make_mask, make_picture
 
 import minpaint
-from minpaint.__main__ import main
-from minpaint.checkpoint import outline
-from minpaint.config import text_config, unet_config, vae_config
+from minpaint.checkpoint.architecture import Architecture, blank_models, split_vae
+from minpaint.checkpoint.configs import text_config, unet_config, vae_config
+from minpaint.checkpoint.load import outline
+from minpaint.checkpoint.tensorfile import Stored
+from minpaint.cli.main import main
+from minpaint.engine.measure import measure
+from minpaint.engine.memory import choose_budget, used_memory
+from minpaint.engine.plan import PHASES, Plan, Planner, Request
+from minpaint.engine.residency import divide
 from minpaint.errors import MinpaintWarning
-from minpaint.inpaint import open_painter
-from minpaint.measure import measure
-from minpaint.memory import choose_budget, used_memory
-from minpaint.plan import PHASES, Architecture, Plan, Planner, Request, blank_models, split_vae
-from minpaint.residency import divide
-from minpaint.tensorfile import Stored
+from minpaint.painter import open_painter
 from weights.random_checkpoint import FAMILIES
 
 Folders = Callable[[str], Path]
@@ -139,7 +140,7 @@ def test_an_operation_worked_out_once_counts_as_every_time(monkeypatch: pytest.M
         assert len(kept) == 72
 
     once = plans(), measure(alike)
-    monkeypatch.setattr("minpaint.measure._look", lambda argument: object())  # nothing looks as it did before
+    monkeypatch.setattr("minpaint.engine.measure._look", lambda argument: object())  # nothing looks as it did before
     assert (plans(), measure(alike)) == once
 
 
@@ -232,7 +233,7 @@ def test_a_model_of_the_hub_is_planned_from_its_configurations(copy: Folders, mo
         asked.extend(names)
         return folder
 
-    monkeypatch.setattr("minpaint.hub._get", get)
+    monkeypatch.setattr("minpaint.checkpoint.hub._get", get)
     found = outline("somebody/something", half=True)
     assert all(name.endswith(".json") for name in asked)
     exact = outline(folder, half=True)

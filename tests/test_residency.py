@@ -13,13 +13,13 @@ import torch
 from conftest import make_mask, make_picture
 
 import minpaint
-from minpaint import residency
-from minpaint.inpaint import open_frame, open_painter
-from minpaint.measure import measure
-from minpaint.memory import give_back, used_memory
-from minpaint.residency import divide
+from minpaint.checkpoint.tensorfile import empty_pages
+from minpaint.engine import residency
+from minpaint.engine.measure import measure
+from minpaint.engine.memory import give_back, used_memory
+from minpaint.engine.residency import divide
+from minpaint.painter import open_frame, open_painter
 from minpaint.settings import Settings
-from minpaint.tensorfile import empty_pages
 
 Folders = Callable[[str], Path]
 UNLIMITED = 2**50

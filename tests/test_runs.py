@@ -19,7 +19,7 @@ from diffusers import (
 from PIL import Image
 
 import minpaint
-from minpaint.inpaint import Painter
+from minpaint.painter import Painter
 
 SCHEDULERS = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "dpmpp": DPMSolverMultistepScheduler}
 STEPS = (1, 2, 3, 7, 20, 50)

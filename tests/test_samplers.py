@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from torch import Tensor
 
-from minpaint.config import scheduler_config
+from minpaint.checkpoint.configs import scheduler_config
 from minpaint.errors import InputError
 from minpaint.samplers import Step, ddim, dpmpp, pndm
 from minpaint.schedule import Schedule, alphas_cumprod, make_schedule

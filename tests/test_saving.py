@@ -12,10 +12,10 @@ from conftest import make_mask, make_picture
 from PIL import ExifTags, Image, PngImagePlugin
 
 from minpaint.errors import InputError, MinpaintError
-from minpaint.frame import Frame
-from minpaint.image import KEPT_MODES
-from minpaint.inpaint import open_frame
-from minpaint.saving import check_target, read_record, save
+from minpaint.painter import open_frame
+from minpaint.picture.frame import Frame
+from minpaint.picture.image import KEPT_MODES
+from minpaint.picture.saving import check_target, read_record, save
 from minpaint.settings import Settings
 
 RECORD = {"minpaint": "0", "prompt": "a dög \U0001f415 on a bench", "seed": 3}

@@ -7,7 +7,7 @@ import torch
 from conftest import make_mask, make_picture
 from PIL import Image, ImageDraw
 
-from minpaint.seam import SHIFT, match_colour, seam_error
+from minpaint.picture.seam import SHIFT, match_colour, seam_error
 
 
 def test_a_picture_without_an_edge_at_the_hole_has_no_seam() -> None:

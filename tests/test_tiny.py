@@ -23,12 +23,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 import minpaint
-import minpaint.inpaint
+import minpaint.painter
 from bench.quality import HELD_OUT, Case, colour_of, psnr
-from minpaint.hub import weights_folder
-from minpaint.image import to_image, to_unit
-from minpaint.inpaint import Job, Painter, Settings
-from minpaint.text import load_tokenizer
+from minpaint.checkpoint.hub import weights_folder
+from minpaint.models.text import load_tokenizer
+from minpaint.painter import Job, Painter, Settings
+from minpaint.picture.image import to_image, to_unit
 from tests.conftest import largest_level_difference, relative_error
 from weights import world
 
@@ -110,25 +110,25 @@ def test_an_ignored_prompt_shows(tiny: Painter, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_swapped_mask_shows(tiny: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = minpaint.inpaint.reference_canvas
+    make = minpaint.painter.reference_canvas
 
     def swapped(image: Image.Image, mask: Image.Image, factor: int) -> Any:
         return make(image, ImageOps.invert(mask.convert("L")), factor)
 
-    monkeypatch.setattr(minpaint.inpaint, "reference_canvas", swapped)
+    monkeypatch.setattr(minpaint.painter, "reference_canvas", swapped)
     with pytest.raises(AssertionError, match="kept part"):
         the_kept_part_is_known(tiny)
 
 
 @pytest.mark.slow
 def test_a_broken_sampler_shows(tiny: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
-    ddim = minpaint.inpaint.ddim
+    ddim = minpaint.painter.ddim
 
     def confused(model: Any, x: Tensor, schedule: Any, *rest: Any) -> Any:
         """alpha taken for alpha_bar: the papers' notations differ by a square root."""
         return ddim(model, x, replace(schedule, alpha_bar=tuple(a**0.5 for a in schedule.alpha_bar)), *rest)
 
-    monkeypatch.setattr(minpaint.inpaint, "ddim", confused)
+    monkeypatch.setattr(minpaint.painter, "ddim", confused)
     with pytest.raises(AssertionError, match="samplers differ"):
         samplers_agree(tiny)
 
@@ -208,7 +208,7 @@ def test_the_demo_runs_from_any_folder_and_loses_nothing(tmp_path: Path) -> None
 
 
 def test_the_example_is_for_the_model(tiny: Painter) -> None:
-    from minpaint.example import bundled
+    from minpaint.cli.example import bundled
 
     example = bundled()
     Settings(example.prompt)

@@ -10,8 +10,8 @@ import torch
 from conftest import relative_error
 from diffusers import UNet2DConditionModel
 
-from minpaint.config import unet_config
-from minpaint.unet import UNet, timestep_embedding
+from minpaint.checkpoint.configs import unet_config
+from minpaint.models.unet import UNet, timestep_embedding
 from weights.random_checkpoint import FAMILIES, randomise
 
 TOLERANCE = 2e-5
@@ -89,7 +89,7 @@ def test_timestep_embedding_equals_the_reference() -> None:
 
 def test_the_docstring_picture_tells_the_shapes_of_sd15() -> None:
     """The table at the top of unet.py, checked with hooks on the model it describes."""
-    import minpaint.unet as module
+    import minpaint.models.unet as module
 
     with torch.device("meta"):
         unet = UNet(unet_config(FAMILIES["sd15"]["unet"]))

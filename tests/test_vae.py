@@ -9,8 +9,8 @@ import torch
 from conftest import relative_error
 from diffusers import AutoencoderKL
 
-from minpaint.config import vae_config
-from minpaint.vae import VAE
+from minpaint.checkpoint.configs import vae_config
+from minpaint.models.vae import VAE
 from weights.random_checkpoint import SMALL_VAE, randomise
 
 TOLERANCE = 2e-5

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 from PIL import ImageChops
 
-from minpaint.image import to_unit
+from minpaint.picture.image import to_unit
 from weights import world
 
 

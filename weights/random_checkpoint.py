@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minpaint.config import text_config, unet_config, vae_config
-from minpaint.text import END, START, build_text_encoder
-from minpaint.unet import UNet
-from minpaint.vae import VAE
+from minpaint.checkpoint.configs import text_config, unet_config, vae_config
+from minpaint.models.text import END, START, build_text_encoder
+from minpaint.models.unet import UNet
+from minpaint.models.vae import VAE
 
 Json = dict[str, Any]
 

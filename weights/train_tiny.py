@@ -23,13 +23,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from minpaint.canvas import reference_canvas
-from minpaint.config import scheduler_config, text_config, unet_config, vae_config
-from minpaint.image import to_pixels
+from minpaint.checkpoint.configs import scheduler_config, text_config, unet_config, vae_config
+from minpaint.models.text import END, build_text_encoder, load_tokenizer
+from minpaint.models.unet import UNet
+from minpaint.models.vae import VAE
+from minpaint.picture.canvas import reference_canvas
+from minpaint.picture.image import to_pixels
 from minpaint.schedule import alphas_cumprod
-from minpaint.text import END, build_text_encoder, load_tokenizer
-from minpaint.unet import UNet
-from minpaint.vae import VAE
 from weights import world
 from weights.random_checkpoint import (
     SCHEDULER,

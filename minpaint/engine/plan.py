@@ -17,21 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minpaint.attention import Attention
-from minpaint.banded import Bands, set_bands
-from minpaint.config import Json, UNetConfig, VAEConfig
+from minpaint.checkpoint.architecture import Architecture, blank_models
+from minpaint.engine.banded import Bands, set_bands
+from minpaint.engine.fast import Held, Prompt, accelerated, can_hold
+from minpaint.engine.measure import measure
+from minpaint.engine.memory import attention_is_fused, choose_arithmetic, format_size, without_gradients
+from minpaint.engine.residency import Division, divide, total_size
 from minpaint.errors import BudgetError
-from minpaint.fast import Held, Prompt, accelerated, can_hold
-from minpaint.measure import measure
-from minpaint.memory import attention_is_fused, choose_arithmetic, format_size, without_gradients
-from minpaint.residency import Division, divide, total_size
-from minpaint.tensorfile import Directory, Stored
-from minpaint.text import build_text_encoder
-from minpaint.unet import UNet
-from minpaint.vae import LATENT_CHANNELS, VAE
+from minpaint.models.attention import Attention
+from minpaint.models.vae import LATENT_CHANNELS
 
 PHASES = {"text": "text_encoder", "encode": "encoder", "denoise": "unet", "decode": "decoder"}
-ENCODER = ("encoder.", "quant_conv.")  # names of the VAE's tensors that encoding needs
 FLOWING = ("text_encoder", "unet")  # the VAE's weights are little beside its feature maps
 BANDS = (None, 16, 64)
 QUERY_ROWS = (None, 1024, 128)  # of attention that holds its scores; a fused one needs no slices
@@ -53,36 +49,6 @@ CANVAS = 16  # bytes a pixel the network sees: the picture and where it is blank
 COPY = 28  # bytes a pixel the network sees: the picture blanked or filled, while it is encoded
 FILLING = 144  # bytes a pixel: continuing a picture into its hole, before encoding and for the colour match
 PICTURE = (24, 8)  # bytes a pixel of the picture: its copies and its file, and what each painting adds
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a checkpoint's memory depends on. directories: by part of the program, `PHASES`' values."""
-
-    name: str
-    unet: UNetConfig
-    vae: VAEConfig
-    text: Json
-    directories: dict[str, Directory]
-
-
-def blank_models(unet: UNetConfig, vae: VAEConfig, text: Json) -> dict[str, Any]:
-    """The three models on the meta device: shapes without numbers."""
-    with torch.device("meta"):
-        models = {"unet": UNet(unet), "vae": VAE(vae), "text_encoder": build_text_encoder(text)}
-    return {name: model.requires_grad_(False).eval() for name, model in models.items()}
-
-
-def split_vae(directories: dict[str, dict[str, Stored]]) -> dict[str, Directory]:
-    """Directories by part from those by model ("unet", "vae", "text_encoder")."""
-    encoder = {name: stored for name, stored in directories["vae"].items() if name.startswith(ENCODER)}
-    decoder = {name: stored for name, stored in directories["vae"].items() if name not in encoder}
-    return {
-        "text_encoder": directories["text_encoder"],
-        "encoder": encoder,
-        "unet": directories["unet"],
-        "decoder": decoder,
-    }
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minpaint.errors import CheckpointError
-from minpaint.text import TOKENIZER_FILES
+from minpaint.models.text import TOKENIZER_FILES
 
 COMPONENTS = {
     "unet": "diffusion_pytorch_model",
@@ -28,6 +28,7 @@ CONFIGS = (
     "text_encoder/config.json",
     "scheduler/scheduler_config.json",
 )
+PACKAGE = Path(__file__).parent.parent
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # SD 1.x and 2.x share its vocabulary
 
 
@@ -42,8 +43,8 @@ class Known:
 
 def weights_folder() -> Path:
     """The folder of the catalogue, in an installation or in a checkout."""
-    inside = Path(__file__).parent / "weights"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "weights"
+    inside = PACKAGE / "weights"
+    return inside if inside.is_dir() else PACKAGE.parent / "weights"
 
 
 def catalogue() -> dict[str, Known]:

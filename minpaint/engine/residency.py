@@ -18,9 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from minpaint.checkpoint.tensorfile import (
+    FLOATS,
+    Directory,
+    Stored,
+    assign,
+    empty_pages,
+    piece_buffer,
+    read_into,
+    read_tensors,
+)
+from minpaint.engine.memory import Lane, give_back, outside_inference
 from minpaint.errors import CheckpointError
-from minpaint.memory import Lane, give_back, outside_inference
-from minpaint.tensorfile import FLOATS, Directory, Stored, assign, empty_pages, piece_buffer, read_into, read_tensors
 
 ALIGNMENT = 512  # bytes; the CUDA allocator's, kept in the buffers too
 SMALL = 2**16  # bytes; a layer up to this size is not worth a copy of its own

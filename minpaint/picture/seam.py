@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from minpaint.fill import membrane
-from minpaint.image import to_unit
+from minpaint.picture.fill import membrane
+from minpaint.picture.image import to_unit
 
 # chosen among a few pairs by the tiny model's paintings: how true they stay to the prompt, and their seam
 SHIFT = 0.15  # of pixels in [-1, 1]: 19 levels

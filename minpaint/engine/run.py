@@ -11,11 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from minpaint.banded import Bands, set_bands
-from minpaint.checkpoint import Checkpoint
-from minpaint.errors import BudgetError, MinpaintWarning
-from minpaint.fast import Held, Prompt, accelerated, is_known
-from minpaint.memory import (
+from minpaint.checkpoint.load import Checkpoint
+from minpaint.engine.banded import Bands, set_bands
+from minpaint.engine.fast import Held, Prompt, accelerated, is_known
+from minpaint.engine.memory import (
     Replay,
     capped,
     exact,
@@ -29,10 +28,11 @@ from minpaint.memory import (
     peak_memory,
     used_memory,
 )
-from minpaint.plan import PHASES, Phase, Planner, Request, set_query_rows, split
-from minpaint.residency import Part
-from minpaint.text import encode_prompt
-from minpaint.vae import VAE
+from minpaint.engine.plan import PHASES, Phase, Planner, Request, set_query_rows, split
+from minpaint.engine.residency import Part
+from minpaint.errors import BudgetError, MinpaintWarning
+from minpaint.models.text import encode_prompt
+from minpaint.models.vae import VAE
 
 SMALLER = 3 / 4  # of what a phase was planned with, when the device turns out fuller than it was
 

@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minpaint.attention import SpatialTransformer
-from minpaint.config import UNetConfig
-from minpaint.layers import Downsample, ResidualBlock, Upsample
+from minpaint.models.attention import SpatialTransformer
+from minpaint.models.config import UNetConfig
+from minpaint.models.layers import Downsample, ResidualBlock, Upsample
 
 NORM_EPS = 1e-5
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minpaint.errors import CheckpointError
+from minpaint.models.config import UNetConfig, VAEConfig
+from minpaint.schedule import SAMPLER_OF_CLASS, SchedulerConfig
 
 Json = Mapping[str, Any]
 
@@ -87,73 +88,6 @@ SCHEDULER_WITHOUT_EFFECT = {
     "flow_shift",
     "time_shift_type",
 }
-SAMPLER_OF_CLASS = {
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "pndm",
-    "DPMSolverMultistepScheduler": "dpmpp",
-}
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """The conditional UNet. `heads` counts attention heads at each level, top first."""
-
-    in_channels: int
-    channels: tuple[int, ...]
-    layers: int
-    down_attention: tuple[bool, ...]
-    up_attention: tuple[bool, ...]
-    heads: tuple[int, ...]
-    context_dim: int
-    linear_projection: bool
-    norm_groups: int
-    sample_size: int
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """The autoencoder. `factor` is pixels per latent cell along an axis, 8 for SD."""
-
-    channels: tuple[int, ...]
-    layers: int
-    norm_groups: int
-    scaling_factor: float
-
-    @property
-    def factor(self) -> int:
-        return int(2 ** (len(self.channels) - 1))
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """The noise schedule a checkpoint was trained with, and what it asks of a sampler.
-
-    `None` stands for a key the file leaves out: each sampler then has the default of its own
-    class in the reference, as `from_config` there gives it.
-    """
-
-    class_name: str
-    train_steps: int
-    beta_start: float
-    beta_end: float
-    beta_schedule: str
-    prediction: str
-    steps_offset: int
-    spacing: str | None
-    set_alpha_to_one: bool | None
-    clip_sample: bool | None
-    clip_sample_range: float
-    skip_prk_steps: bool
-
-    @property
-    def sampler(self) -> str:
-        """The sampler this checkpoint names; CheckpointError if it is none of ours."""
-        if self.class_name not in SAMPLER_OF_CLASS:
-            raise CheckpointError(
-                f"scheduler/scheduler_config.json: _class_name {self.class_name!r} is not "
-                f"supported; choose a sampler: ddim, pndm or dpmpp"
-            )
-        return SAMPLER_OF_CLASS[self.class_name]
 
 
 class _Keys:

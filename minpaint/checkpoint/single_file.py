@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minpaint.config import UNetConfig, VAEConfig
+from minpaint.checkpoint.tensorfile import Directory, Stored, some
 from minpaint.errors import CheckpointError
-from minpaint.tensorfile import Directory, Stored, some
+from minpaint.models.config import UNetConfig, VAEConfig
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."

@@ -15,8 +15,8 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from minpaint.errors import InputError
-from minpaint.fill import nearest
-from minpaint.image import alpha_of, to_levels, to_unit
+from minpaint.picture.fill import nearest
+from minpaint.picture.image import alpha_of, to_levels, to_unit
 
 NOTHING_TO_PAINT = "the mask has nothing to paint: no pixel is white (grey level 128 or more)"
 SHAPE_TOLERANCE = 0.01  # relative difference of the aspect ratios of a picture and its mask

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageChops, ImageDraw
 
-from minpaint.canvas import Canvas, View
 from minpaint.errors import InputError, MinpaintWarning
-from minpaint.image import alpha_of, expand, keep_mode, mixable, restore_mode, strip, to_image, to_levels
-from minpaint.mask import feather, find_hole, grow
+from minpaint.picture.canvas import Canvas, View
+from minpaint.picture.image import alpha_of, expand, keep_mode, mixable, restore_mode, strip, to_image, to_levels
+from minpaint.picture.mask import feather, find_hole, grow
 from minpaint.settings import Settings
 
 LARGEST_SHOWN = 512  # pixels on the longer side of a picture in the explanation

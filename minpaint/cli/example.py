@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from minpaint.hub import weights_folder
+from minpaint.checkpoint.hub import weights_folder
 
 
 @dataclass(frozen=True)

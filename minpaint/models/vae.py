@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minpaint.attention import SpatialSelfAttention
-from minpaint.config import VAEConfig
-from minpaint.layers import Downsample, ResidualBlock, Upsample
+from minpaint.models.attention import SpatialSelfAttention
+from minpaint.models.config import VAEConfig
+from minpaint.models.layers import Downsample, ResidualBlock, Upsample
 
 NORM_EPS = 1e-6
 LATENT_CHANNELS = 4

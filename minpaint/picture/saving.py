@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 from PIL import Image, ImageChops, PngImagePlugin
 
 from minpaint.errors import InputError, MinpaintError
-from minpaint.frame import Frame
-from minpaint.image import ImageSource, open_image
+from minpaint.picture.frame import Frame
+from minpaint.picture.image import ImageSource, open_image
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 LOSSY = ("JPEG",)

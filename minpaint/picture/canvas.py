@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from minpaint.errors import InputError
-from minpaint.fill import from_nearest, membrane
-from minpaint.image import alpha_of, to_image, to_pixels, to_unit
-from minpaint.mask import NOTHING_TO_PAINT, Box, islands, reach_box
-from minpaint.seam import match_colour
+from minpaint.picture.fill import from_nearest, membrane
+from minpaint.picture.image import alpha_of, to_image, to_pixels, to_unit
+from minpaint.picture.mask import NOTHING_TO_PAINT, Box, islands, reach_box
+from minpaint.picture.seam import match_colour
 
 WHOLE = 4  # times the area the network was trained on: up to this size a picture is painted as a whole
 ENLARGED = 4  # times, at most, that a small crop is enlarged

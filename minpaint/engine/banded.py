@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minpaint.layers import Downsample, ResidualBlock, Upsample
-from minpaint.vae import VAE, Decoder, DecoderBlock, Encoder, EncoderBlock, MidBlock
+from minpaint.models.layers import Downsample, ResidualBlock, Upsample
+from minpaint.models.vae import VAE, Decoder, DecoderBlock, Encoder, EncoderBlock, MidBlock
 
 LEAST_ROWS = 8  # of a band; fewer would mostly be overlap, and under 2 they could not be put back in place
 

@@ -14,18 +14,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minpaint.canvas import Canvas, View, choose_views, reference_canvas
-from minpaint.checkpoint import Checkpoint, build, describe
+from minpaint.checkpoint.load import Checkpoint, build, describe
+from minpaint.engine.memory import choose_budget, choose_device, choose_dtype, without_gradients
+from minpaint.engine.plan import Request
+from minpaint.engine.run import Machine, Run
 from minpaint.errors import MinpaintError, MinpaintWarning
-from minpaint.frame import Frame, make_frame
-from minpaint.image import ImageSource, open_image, to_image, to_levels
-from minpaint.machine import Machine, Run
-from minpaint.mask import reach_box
-from minpaint.memory import choose_budget, choose_device, choose_dtype, without_gradients
-from minpaint.plan import Request
+from minpaint.picture.canvas import Canvas, View, choose_views, reference_canvas
+from minpaint.picture.frame import Frame, make_frame
+from minpaint.picture.image import ImageSource, open_image, to_image, to_levels
+from minpaint.picture.mask import reach_box
+from minpaint.picture.seam import NEIGHBOURHOOD, seam_error
 from minpaint.samplers import Step, ddim, dpmpp, keep_nothing, pndm
 from minpaint.schedule import Schedule, make_schedule
-from minpaint.seam import NEIGHBOURHOOD, seam_error
 from minpaint.settings import Settings
 
 

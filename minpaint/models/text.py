@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minpaint.config import Json
 from minpaint.errors import CheckpointError, MinpaintWarning
 
 TOKENIZER_FILES = (
@@ -22,7 +22,7 @@ TOKENIZER_FILES = (
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def build_text_encoder(config: Json) -> nn.Module:
+def build_text_encoder(config: Mapping[str, Any]) -> nn.Module:
     """A CLIPTextModel from config.text_config's settings, on torch's default device."""
     from transformers import CLIPTextConfig, CLIPTextModel
 

@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minpaint.attention import Attention, TransformerBlock
+from minpaint.engine.memory import has_bfloat16_kernels, is_out_of_memory
 from minpaint.errors import MinpaintWarning
-from minpaint.memory import has_bfloat16_kernels, is_out_of_memory
+from minpaint.models.attention import Attention, TransformerBlock
 
 Matrix = tuple[tuple[float, ...], ...]
 

@@ -16,21 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minpaint import hub, ldm
-from minpaint.config import (
-    Json,
-    SchedulerConfig,
-    UNetConfig,
-    VAEConfig,
-    read_json,
-    scheduler_config,
-    text_config,
-    unet_config,
-    vae_config,
-)
-from minpaint.errors import CheckpointError, InputError, MinpaintWarning, ModelNotFoundError
-from minpaint.plan import Architecture, blank_models, split_vae
-from minpaint.tensorfile import (
+from minpaint.checkpoint import hub
+from minpaint.checkpoint import single_file as ldm
+from minpaint.checkpoint.architecture import Architecture, blank_models, split_vae
+from minpaint.checkpoint.configs import Json, read_json, scheduler_config, text_config, unet_config, vae_config
+from minpaint.checkpoint.tensorfile import (
     FLOATS,
     Directory,
     Stored,
@@ -40,9 +30,12 @@ from minpaint.tensorfile import (
     refuse_disguise,
     some,
 )
-from minpaint.text import load_tokenizer
-from minpaint.unet import UNet
-from minpaint.vae import VAE
+from minpaint.errors import CheckpointError, InputError, MinpaintWarning, ModelNotFoundError
+from minpaint.models.config import UNetConfig, VAEConfig
+from minpaint.models.text import load_tokenizer
+from minpaint.models.unet import UNet
+from minpaint.models.vae import VAE
+from minpaint.schedule import SchedulerConfig
 
 FILE_ORDER = ("unet", "encoder", "decoder", "text_encoder")  # of the files, in records
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")  # of files, not of hub ids like owner/sd-2.1

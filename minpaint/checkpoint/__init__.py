@@ -1,0 +1,1 @@
+"""Checkpoints: finding files, checking them, and putting every tensor in its place."""

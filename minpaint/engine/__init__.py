@@ -1,0 +1,1 @@
+"""Running the networks within a budget, and faster than they are written."""

@@ -1,0 +1,1 @@
+"""Pictures, masks and the part of a picture that the network sees."""
