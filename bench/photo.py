@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 import minpaint
 from bench.versus_diffusers import alternate, append, timed
 from minpaint.engine.memory import choose_device, choose_dtype
-from minpaint.painter import open_frame
+from minpaint.picture.frame import open_frame
 from minpaint.picture.saving import save
 from minpaint.settings import Settings
 from weights.random_checkpoint import FAMILIES, write_checkpoint

@@ -9,8 +9,8 @@ from PIL import Image, ImageChops
 
 import minpaint
 from minpaint.cli.example import bundled
-from minpaint.painter import open_frame
-from minpaint.picture.frame import stages
+from minpaint.picture.explain import stages
+from minpaint.picture.frame import open_frame
 from minpaint.picture.image import open_image, strip, to_image
 from minpaint.settings import Settings
 
@@ -41,7 +41,7 @@ def main() -> None:
     settings = Settings("a red tower", sampler="ddim", steps=20, feather=4)
     frame = open_frame(image, mask, settings)
     [view] = painter.views(frame, settings)
-    seen = stages(frame, view, painter.canvas(frame, settings, view, [frame.begin()]))
+    seen = stages(frame, view)
     [painting] = painter.paint(frame, settings)
     difference = ImageChops.difference(image, painting.image).point(lambda level: min(AMPLIFIED * level, 255))
     shown = {name: seen[name] for name in ("mask", "latent cells", "network sees", "cover")}

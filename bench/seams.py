@@ -41,7 +41,7 @@ from torch import Tensor
 
 from bench.quality import HELD_OUT, Case, tiny
 from minpaint.checkpoint.hub import weights_folder
-from minpaint.painter import open_frame
+from minpaint.picture.frame import open_frame
 from minpaint.picture.image import to_unit
 from minpaint.picture.seam import seam_error
 from minpaint.settings import Settings
@@ -139,7 +139,7 @@ def strokes(number: int) -> dict[str, float]:
     [view] = tiny().views(frame, settings)
     processed = pipeline().mask_processor.preprocess(mask, height=world.SIZE, width=world.SIZE)
     cells = {
-        "ours": tiny().canvas(frame, settings, view, [scratched]).cells,
+        "ours": view.canvas([scratched]).cells,
         "pasted": F.interpolate(processed, size=touched.shape[2:]),
     }
     found = {}

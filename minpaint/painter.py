@@ -19,11 +19,11 @@ from minpaint.engine.memory import choose_budget, choose_device, choose_dtype, w
 from minpaint.engine.plan import Request
 from minpaint.engine.run import Machine, Run
 from minpaint.errors import MinpaintError, MinpaintWarning
-from minpaint.picture.canvas import Canvas, View, choose_views, reference_canvas
-from minpaint.picture.frame import Frame, make_frame
-from minpaint.picture.image import ImageSource, open_image, to_image, to_levels
+from minpaint.picture.frame import Frame, open_frame
+from minpaint.picture.image import ImageSource
 from minpaint.picture.mask import reach_box
 from minpaint.picture.seam import NEIGHBOURHOOD, seam_error
+from minpaint.picture.view import ReferenceView, View, choose_views
 from minpaint.samplers import Step, ddim, dpmpp, keep_nothing, pndm
 from minpaint.schedule import Schedule, make_schedule
 from minpaint.settings import Settings
@@ -52,7 +52,7 @@ class Job:
 
     settings: Settings
     frame: Frame
-    views: list[View]
+    views: list[View | ReferenceView]
     sampler: str
     schedule: Schedule
     run: Run
@@ -138,12 +138,10 @@ class Painter:
         settings = Settings(prompt, **options)
         return self._run(self._job(open_frame(image, mask, settings), settings))
 
-    def views(self, frame: Frame, settings: Settings) -> list[View]:
+    def views(self, frame: Frame, settings: Settings) -> list[View | ReferenceView]:
         """The parts in which a picture will be painted, one after the other."""
-        if settings.profile == "diffusers":
-            return [View((0, 0, *frame.original.size), frame.original.size, frame.hole, frame.cover)]
-        native = self.unet_config.sample_size * self.vae_config.factor
-        return choose_views(frame.hole, frame.cover, native, settings.context, settings.separate)
+        factor = self.vae_config.factor
+        return choose_views(frame, settings, self.unet_config.sample_size * factor, factor)
 
     def _job(self, frame: Frame, settings: Settings) -> Job:
         """Check all that can be wrong with a request before any work is done."""
@@ -156,28 +154,17 @@ class Painter:
         warm_up = settings.sampler is None and sampler == "pndm" and not config.skip_prk_steps
         schedule = make_schedule(config, sampler, settings.steps, settings.strength, warm_up)
         views = self.views(frame, settings)
-        if settings.profile == "diffusers":
-            self.canvas(frame, settings, views[0], [frame.original])  # may be too small for it
         run = Run(self.machine, self.request(frame, settings, views), self)
         return Job(settings, frame, views, sampler, schedule, run)
 
-    def request(self, frame: Frame, settings: Settings, views: list[View]) -> Request:
+    def request(self, frame: Frame, settings: Settings, views: list[View | ReferenceView]) -> Request:
         """What a painting in these parts asks of memory: the largest of them decides."""
-        factor = self.vae_config.factor
-        sizes = [view.size for view in views]
-        width, height = (-(-side // factor) * factor for side in max(sizes, key=lambda size: size[0] * size[1]))
+        width, height = max((view.extent for view in views), key=lambda extent: extent[0] * extent[1])
         pixels = frame.original.width * frame.original.height
-        parts = len(sizes) > 1
+        parts = len(views) > 1
         starts, again = settings.count if parts else 1, parts or self.machine.settled
         steps = int(settings.steps * settings.strength)
         return Request(width, height, settings.count, settings.guided, starts, pixels, again, steps)
-
-    def canvas(self, frame: Frame, settings: Settings, view: View, pictures: list[Image.Image]) -> Canvas:
-        """What the network works on for one part of the pictures."""
-        factor = self.vae_config.factor
-        if settings.profile == "diffusers":
-            return reference_canvas(frame.original, frame.mask, factor)
-        return view.canvas(pictures, factor)
 
     @without_gradients
     def _run(self, job: Job) -> Generator[Step, None, tuple[list[Image.Image], Tensor]]:
@@ -189,24 +176,23 @@ class Painter:
             for number, view in enumerate(job.views):
                 if number > 0:
                     pictures = self._composite(job, job.views[number - 1], pictures, latents)
-                canvas = self.canvas(job.frame, job.settings, view, pictures)
-                for step in self._denoise(job, canvas, contexts, random):
+                for step in self._denoise(job, view, pictures, contexts, random):
                     latents = step.x
                     yield step
         return pictures, latents
 
-    def _denoise(self, job: Job, canvas: Canvas, contexts: Tensor, random: _Random) -> Iterator[Step]:
+    def _denoise(
+        self, job: Job, view: View | ReferenceView, pictures: list[Image.Image], contexts: Tensor, random: _Random
+    ) -> Iterator[Step]:
         """Encode, denoise. The order of the random draws is part of the contract."""
         schedule, settings = job.schedule, job.settings
-        inpainting, own = self.unet_config.in_channels == 9, settings.profile == "minpaint"
+        inpainting, canvas, fill = self.unet_config.in_channels == 9, view.canvas(pictures), view.fill(settings)
         cells = canvas.cells.to(self.device).expand(settings.count, -1, -1, -1)
         normal = partial(random.normal, (4, *cells.shape[2:]))
         watch = _Watch(self.dtype)
 
         # what the steps start from, and what they leave around the hole; [n, 4, y, x]
         picture = None
-        unseen = own and settings.strength == 1 and not settings.soft  # the old content has no part in it
-        fill = "blur" if unseen else settings.fill
         if settings.strength < 1 or not inpainting:
             picture = self._encode(job, canvas.filled(fill), normal())
         noise = normal()
@@ -216,7 +202,7 @@ class Painter:
             conditioning = torch.cat([(cells > 0).float(), masked], dim=1)  # [n, 5, y, x]
         else:
             normal()  # the reference's draw for a masked picture that it then has no use for
-        if picture is None and own and bool((cells < 1).any()):
+        if picture is None and view.blends and bool((cells < 1).any()):
             picture = self._encode(job, canvas.filled(fill))
         if picture is not None and fill == "noise":
             picture = torch.where(cells > 0, normal(), picture)
@@ -224,7 +210,7 @@ class Painter:
         x, keep = noise, keep_nothing
         if picture is not None and settings.strength < 1:
             x = schedule.add_noise(picture, noise, schedule.timesteps[0])
-        if picture is not None and (own or not inpainting):
+        if picture is not None and (view.blends or not inpainting):
             keep = partial(_blend, picture, noise, cells, schedule)
 
         def model(x: Tensor, t: int) -> Tensor:
@@ -262,24 +248,19 @@ class Painter:
         return self.vae_config.scaling_factor * sample
 
     @without_gradients
-    def _composite(self, job: Job, view: View, pictures: list[Image.Image], latents: Tensor) -> list[Image.Image]:
+    def _composite(
+        self, job: Job, view: View | ReferenceView, pictures: list[Image.Image], latents: Tensor
+    ) -> list[Image.Image]:
         """Decode one part, [n, 4, y, x], and put it into the pictures it was painted from."""
         finished = []
         for number, z in enumerate(latents):
             pixels = self._vae(job.run.decode, z[None] / self.vae_config.scaling_factor, "decoder")[0]
-            if job.settings.profile == "diffusers":
-                finished.append(to_image(pixels))
-            else:
-                before = pictures[number if len(pictures) > 1 else 0]
-                finished.append(view.finish(before, pixels, job.settings.color_match))
+            before = pictures[number if len(pictures) > 1 else 0]
+            finished.append(view.finish(before, pixels, job.settings.color_match))
         return finished
 
     def _painting(self, job: Job, picture: Image.Image, latents: Tensor, seed: int, calls: int) -> Painting:
-        frame = job.frame
-        if job.settings.profile == "diffusers":
-            hole = to_levels(reference_canvas(frame.original, frame.mask, self.vae_config.factor).blanked[0, 0])
-        else:
-            picture, hole = frame.finish(picture), frame.hole
+        picture, hole = job.views[-1].complete(job.frame, picture)
         box = reach_box(hole, 2 * NEIGHBOURHOOD)
         return Painting(picture, latents.cpu().clone(), seed, calls, seam_error(picture.crop(box), hole.crop(box)))
 
@@ -355,11 +336,6 @@ def open_painter(
     size = choose_budget(budget, place)
     checkpoint = build(describe(model, number_format == torch.float16, config), place)
     return Painter(checkpoint, place, number_format, size)
-
-
-def open_frame(image: ImageSource, mask: ImageSource | None, settings: Settings) -> Frame:
-    """An image and its mask, from files or from memory, ready to be painted in."""
-    return make_frame(open_image(image), None if mask is None else open_image(mask, "mask"), settings)
 
 
 def _tell(line: str) -> None:

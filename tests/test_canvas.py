@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,11 @@ from conftest import make_mask, make_picture
 from PIL import Image, ImageDraw
 
 from minpaint.errors import InputError
-from minpaint.picture.canvas import View, choose_views, mirror, reference_canvas
+from minpaint.picture.canvas import mirror, reference_canvas
 from minpaint.picture.fill import membrane
-from minpaint.picture.mask import feather
+from minpaint.picture.frame import open_frame
+from minpaint.picture.view import View, choose_views
+from minpaint.settings import Settings
 
 NATIVE = 64
 
@@ -23,8 +27,15 @@ def hole_at(size: tuple[int, int], *boxes: tuple[int, int, int, int]) -> Image.I
     return hole
 
 
-def whole(hole: Image.Image) -> View:
-    [view] = choose_views(hole, feather(hole, 0), NATIVE, "whole", False)
+def views_of(hole: Image.Image, least: int = 1, **options: Any) -> list[View]:
+    settings = Settings("", **options)
+    views = choose_views(open_frame(Image.new("L", hole.size), hole, settings), settings, NATIVE, 8, least)
+    assert all(isinstance(view, View) for view in views)
+    return views
+
+
+def whole(hole: Image.Image, least: int = 1) -> View:
+    [view] = views_of(hole, least, context="whole", soft=True)
     return view
 
 
@@ -34,7 +45,7 @@ def whole(hole: Image.Image) -> View:
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 3), (8, 8), (9, 17), (2, 600)])
 def test_mirroring_extends_to_multiples_and_keeps_what_is_there(size: tuple[int, int]) -> None:
     x = torch.rand(1, 2, *size)
-    extended = mirror(x, 8)
+    extended = mirror(x, whole(hole_at(size[::-1], (0, 0, 1, 1))).extent)
     assert all(n % 8 == 0 and n - m < 8 for n, m in zip(extended.shape[2:], size, strict=True))
     assert torch.equal(extended[:, :, : size[0], : size[1]], x)
     if min(size) > 8:
@@ -45,7 +56,7 @@ def test_mirroring_extends_to_multiples_and_keeps_what_is_there(size: tuple[int,
 @pytest.mark.parametrize("at", [(0, 0), (7, 7), (8, 3), (30, 21), (63, 63)])
 def test_one_pixel_paints_its_latent_cell_and_no_other(at: tuple[int, int]) -> None:
     x, y = at
-    canvas = whole(hole_at((64, 64), (x, y, x + 1, y + 1))).canvas([make_picture()], 8)
+    canvas = whole(hole_at((64, 64), (x, y, x + 1, y + 1))).canvas([make_picture()])
     assert canvas.cells.nonzero().tolist() == [[0, 0, y // 8, x // 8]]
     blanked = canvas.blanked[0, 0].nonzero()
     assert len(blanked) == 64  # blanking is the painted cells, pixel for pixel
@@ -57,13 +68,13 @@ def test_a_soft_cell_is_as_strong_as_its_strongest_pixel() -> None:
     hole = hole_at((16, 8), (0, 0, 4, 4))
     hole.putpixel((12, 5), 100)
     hole.putpixel((13, 5), 40)
-    canvas = whole(hole).canvas([make_picture(16, 8)], 8)
+    canvas = whole(hole).canvas([make_picture(16, 8)])
     assert canvas.cells[0, 0, 0].tolist() == pytest.approx([1.0, 100 / 255])
 
 
 @pytest.mark.parametrize("fill", ["original", "edge", "blur", "blank", "noise"])
 def test_fills_change_the_hole_and_nothing_else(fill: str) -> None:
-    canvas = whole(hole_at((64, 64), (16, 16, 40, 48))).canvas([make_picture()], 8)
+    canvas = whole(hole_at((64, 64), (16, 16, 40, 48))).canvas([make_picture()])
     inside = canvas.blanked[0, 0] > 0
     filled = canvas.filled(fill)
     assert torch.equal(filled[..., ~inside], canvas.pixels[..., ~inside])
@@ -98,13 +109,13 @@ def test_the_references_canvas_is_the_references() -> None:
 @pytest.mark.parametrize("size", [(64, 64), (128, 128), (10, 900), (1, 1)])
 def test_pictures_up_to_four_times_the_native_area_are_painted_whole(size: tuple[int, int]) -> None:
     hole = hole_at(size, (0, 0, 1, 1))
-    [view] = choose_views(hole, hole, NATIVE, "auto", False)
+    [view] = views_of(hole)
     assert (view.box, view.size) == ((0, 0, *size), size)
 
 
 def test_auto_takes_the_native_size_around_a_small_hole_as_it_is() -> None:
     hole = hole_at((6000, 4000), (5960, 2000, 5990, 2010))
-    [view] = choose_views(hole, hole, NATIVE, "auto", False)
+    [view] = views_of(hole)
     assert view.size == (NATIVE, NATIVE)
     left, top, right, bottom = view.box
     assert (right - left, bottom - top) == (NATIVE, NATIVE)
@@ -116,7 +127,7 @@ def test_auto_takes_the_native_size_around_a_small_hole_as_it_is() -> None:
 
 def test_auto_scales_twice_a_large_hole_down_to_the_native_size() -> None:
     hole = hole_at((6000, 4000), (1000, 1000, 1800, 1300))
-    [view] = choose_views(hole, hole, NATIVE, "auto", False)
+    [view] = views_of(hole)
     assert view.box[2] - view.box[0] == view.box[3] - view.box[1] == 1600
     assert view.size == (NATIVE, NATIVE)
 
@@ -124,14 +135,14 @@ def test_auto_scales_twice_a_large_hole_down_to_the_native_size() -> None:
 @pytest.mark.parametrize(("context", "side"), [(0, 20), (6, 32), (100, 220)])
 def test_a_number_is_pixels_around_the_hole(context: int, side: int) -> None:
     hole = hole_at((500, 400), (200, 200, 220, 210))
-    [view] = choose_views(hole, hole, NATIVE, context, False)
+    [view] = views_of(hole, context=context)
     assert view.box[2] - view.box[0] == view.box[3] - view.box[1] == side
     assert view.size == (NATIVE, NATIVE)
 
 
 def test_the_crop_holds_the_feather_too() -> None:
     hole = hole_at((500, 400), (200, 200, 220, 210))
-    [view] = choose_views(hole, feather(hole, 12), NATIVE, 0, False)
+    [view] = views_of(hole, feather=12, context=0)
     assert view.box[0] <= 188
     assert view.box[2] >= 232
 
@@ -139,18 +150,18 @@ def test_the_crop_holds_the_feather_too() -> None:
 def test_separate_paints_far_parts_one_after_the_other() -> None:
     far, near = ((400, 300, 420, 310), (430, 300, 440, 310)), (10, 10, 30, 30)
     hole = hole_at((500, 400), *far, near)
-    views = choose_views(hole, hole, NATIVE, "auto", True)
+    views = views_of(hole, separate=True)
     assert [view.cover.getbbox() is not None for view in views] == [True, True]
     assert views[0].box[1] < 100 < views[1].box[1]
     white = [sum(view.cover.histogram()[128:]) for view in views]
     assert white == [400, 300]
-    together = choose_views(hole, hole, NATIVE, "auto", False)
+    together = views_of(hole)
     assert len(together) == 1
 
 
 def test_a_part_not_yet_painted_is_hidden_from_the_network_and_a_painted_one_is_not() -> None:
     hole = hole_at((128, 128), (8, 8, 24, 24), (96, 96, 112, 112))
-    first, second = choose_views(hole, hole, NATIVE, "auto", True)
+    first, second = views_of(hole, separate=True)
     assert sum(first.hole.histogram()[128:]) == 512
     assert sum(second.hole.histogram()[128:]) == 256
     assert second.hole.getpixel((10, 10)) == 0
@@ -159,7 +170,7 @@ def test_a_part_not_yet_painted_is_hidden_from_the_network_and_a_painted_one_is_
 @pytest.mark.parametrize(("box", "size"), [((0, 0, 64, 64), (64, 64)), ((8, 4, 40, 52), (64, 96))])
 def test_what_is_painted_goes_back_under_the_cover_only(box: tuple[int, int, int, int], size: tuple[int, int]) -> None:
     picture, hole = make_picture(64, 64), hole_at((64, 64), (16, 16, 30, 40))
-    view = View(box, size, hole.crop(box), hole.crop(box))
+    view = View(box, size, hole.crop(box), hole.crop(box), 8)
     red = torch.tensor([1.0, -1, -1])[:, None, None].expand(3, size[1], size[0])
     finished = np.asarray(view.finish(picture, red, match=False))
     inside = np.asarray(hole) > 0

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from minpaint.errors import InputError
-from minpaint.painter import Painter, open_frame
-from minpaint.picture.canvas import choose_views
-from minpaint.picture.frame import Frame
+from minpaint.painter import Painter
+from minpaint.picture.frame import Frame, open_frame
 from minpaint.picture.image import KEPT_MODES
 from minpaint.picture.saving import save
+from minpaint.picture.view import View, choose_views
 from minpaint.settings import Settings
 
 NATIVE = 64
@@ -101,9 +101,12 @@ def test_whatever_is_painted(size: tuple[int, int], mode: str, kind: str, seed: 
     picture = frame.begin()
     generator = torch.Generator().manual_seed(seed)
     painted = np.zeros(size[::-1], dtype=bool)
-    for view in choose_views(frame.hole, frame.cover, NATIVE, asked.context, asked.separate):
-        canvas = view.canvas([picture], 8)
-        rows, columns = canvas.blanked.shape[2:]
+    for view in choose_views(frame, asked, NATIVE, 8, least=1 + seed % 3):
+        assert isinstance(view, View)
+        canvas = view.canvas([picture])
+        columns, rows = view.extent
+        assert min(rows, columns) >= 8 * (1 + seed % 3)
+        assert canvas.blanked.shape == (1, 1, rows, columns)
         assert canvas.pixels.shape == (1, 3, rows, columns)
         assert canvas.cells.shape == (1, 1, rows // 8, columns // 8)
         assert float(canvas.cells.max()) > 0

@@ -18,6 +18,7 @@ import minpaint.painter
 from minpaint.engine.memory import choose_device, choose_dtype, parse_budget
 from minpaint.errors import MinpaintWarning
 from minpaint.painter import Painter
+from minpaint.picture.frame import open_frame
 
 Paint = Callable[[str], Painter]
 
@@ -312,8 +313,8 @@ def test_the_kept_cells_end_as_the_pictures_own(painter: Paint, picture: Image.I
     for family in ("small-sd1", "small-sd1-4ch"):
         ours = painter(family)
         settings = minpaint.painter.Settings("a dog", steps=4)
-        frame = minpaint.painter.open_frame(picture, mask, settings)
-        canvas = ours.canvas(frame, settings, ours.views(frame, settings)[0], [picture])
+        frame = open_frame(picture, mask, settings)
+        canvas = ours.views(frame, settings)[0].canvas([picture])
         kept = (canvas.cells == 0).expand(1, 4, -1, -1)
         ends = [ours(picture, mask, prompt, steps=4)[0].latents[None] for prompt in ("a dog", "a cat")]
         assert torch.equal(ends[0][kept], ends[1][kept])

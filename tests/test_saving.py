@@ -12,8 +12,7 @@ from conftest import make_mask, make_picture
 from PIL import ExifTags, Image, PngImagePlugin
 
 from minpaint.errors import InputError, MinpaintError
-from minpaint.painter import open_frame
-from minpaint.picture.frame import Frame
+from minpaint.picture.frame import Frame, open_frame
 from minpaint.picture.image import KEPT_MODES
 from minpaint.picture.saving import check_target, read_record, save
 from minpaint.settings import Settings

@@ -28,6 +28,7 @@ from bench.quality import HELD_OUT, Case, colour_of, psnr
 from minpaint.checkpoint.hub import weights_folder
 from minpaint.models.text import load_tokenizer
 from minpaint.painter import Job, Painter, Settings
+from minpaint.picture import view
 from minpaint.picture.image import to_image, to_unit
 from tests.conftest import largest_level_difference, relative_error
 from weights import world
@@ -110,12 +111,12 @@ def test_an_ignored_prompt_shows(tiny: Painter, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_swapped_mask_shows(tiny: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = minpaint.painter.reference_canvas
+    make = view.reference_canvas
 
-    def swapped(image: Image.Image, mask: Image.Image, factor: int) -> Any:
-        return make(image, ImageOps.invert(mask.convert("L")), factor)
+    def swapped(image: Image.Image, mask: Image.Image, *rest: Any) -> Any:
+        return make(image, ImageOps.invert(mask.convert("L")), *rest)
 
-    monkeypatch.setattr(minpaint.painter, "reference_canvas", swapped)
+    monkeypatch.setattr(view, "reference_canvas", swapped)
     with pytest.raises(AssertionError, match="kept part"):
         the_kept_part_is_known(tiny)
 

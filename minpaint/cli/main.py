@@ -261,7 +261,7 @@ def _plan(options: argparse.Namespace) -> None:
     from minpaint.checkpoint.load import outline
     from minpaint.engine.memory import choose_budget, choose_device, choose_dtype, dtype_name, format_size, used_memory
     from minpaint.engine.plan import Planner, Request, round_up
-    from minpaint.picture.canvas import WHOLE
+    from minpaint.picture.view import WHOLE
 
     size = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", options.size)
     if not size:
@@ -332,8 +332,9 @@ def _paint(options: argparse.Namespace) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with _told(note), _Progress(options.quiet) as progress, ThreadPoolExecutor(1) as beside, _no_collection() as loaded:
         from minpaint.engine.memory import dtype_name, format_size
-        from minpaint.painter import open_frame, open_painter
-        from minpaint.picture.frame import explain
+        from minpaint.painter import open_painter
+        from minpaint.picture.explain import explain
+        from minpaint.picture.frame import open_frame
         from minpaint.picture.saving import check_target, save
 
         # all that is cheap to find out comes before the weights
@@ -352,8 +353,7 @@ def _paint(options: argparse.Namespace) -> None:
             views = painter.views(frame, settings)
             if len(views) > 1:
                 note(f"the picture is painted in {len(views)} parts; {options.explain_mask} explains the first")
-            canvas = painter.canvas(frame, settings, views[0], [frame.begin()])
-            save(explain(frame, views[0], canvas), None, None, Path(options.explain_mask))
+            save(explain(frame, views[0]), None, None, Path(options.explain_mask))
             note(f"wrote {options.explain_mask}")
         records: list[Future[dict[str, Any]]] = []
 

@@ -42,7 +42,7 @@ def find_hole(
         raise InputError(f"the image is empty ({image.width}x{image.height} pixels)")
     if mask is not None:
         check_shape(image, mask)
-        levels = _scale(mask if mask.mode == "L" else mask.convert("L"), image.size, soft)
+        levels = _scale(mask if mask.mode == "L" else mask.convert("L"), image.size)
     else:
         alpha = alpha_of(image)
         if alpha is None and not any(margins):
@@ -76,16 +76,18 @@ def check_shape(image: Image.Image, mask: Image.Image) -> None:
         )
 
 
-def _scale(mask: Image.Image, size: tuple[int, int], soft: bool) -> Image.Image:
+def _scale(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
     """A mask at the image's size; made smaller, it loses no stroke however thin."""
     if mask.size == size:
         return mask
     if mask.width <= size[0] and mask.height <= size[1]:
         return mask.resize(size, Image.Resampling.LANCZOS)
-    levels = to_unit(mask)
-    if not soft:
-        levels = (levels >= 0.5).float()
-    return to_levels(F.adaptive_max_pool2d(levels, (size[1], size[0]))[0, 0])
+    return to_levels(strongest(mask, size)[0, 0])
+
+
+def strongest(hole: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A hole or mask at another size, [1, 1, Y, X] in [0, 1]: as strong as the strongest pixel taken in."""
+    return F.adaptive_max_pool2d(to_unit(hole), (size[1], size[0]))
 
 
 def grow(hole: Image.Image, pixels: int) -> Image.Image:
