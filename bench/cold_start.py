@@ -14,22 +14,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.speed import FULL_SIZE, HEADER, OURS, THEIRS, add_ratios, lines, names, numbers
-from bench.versus_diffusers import NEGATIVE, PROMPT, append, make_input
-from weights.random_checkpoint import FAMILIES, write_checkpoint
-
-RESULTS = Path(__file__).parent / "results" / "cold_start.jsonl"
+from bench import common
+from bench.common import OURS, THEIRS
+from weights.random_checkpoint import FAMILIES
 
 PREFACE = """
 import os, sys, time
@@ -48,12 +41,12 @@ def watched(call, on_gpu):
         os._exit(0)
     return look
 """
-# The program as it is; only minpaint.unet is looked into, when it has been imported.
+# The program as it is; only minpaint.models.unet is looked into, when it has been imported.
 START_OURS = """
 import importlib.abc, importlib.util, runpy
 class Look(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name != "minpaint.unet":
+        if name != "minpaint.models.unet":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -89,28 +82,22 @@ pipe(prompt, image, mask, negative_prompt=negative, num_inference_steps=int(step
 def start(program: str, words: list[str]) -> tuple[float, float]:
     """Seconds from the start of a process to the beginning and to the end of its first denoising step."""
     before = time.time()
-    done = subprocess.run(
-        [sys.executable, "-c", PREFACE + program, *words], capture_output=True, text=True, check=False
-    )
-    with suppress(ValueError):
-        for line in done.stdout.splitlines():
-            word, begin, end = line.split()
-            if word == "step":
-                return float(begin) - before, float(end) - before
-    raise RuntimeError(f"no step was seen: {(done.stderr.strip().splitlines() or ['nothing said'])[-1]}")
+    for line in common.in_own_process("-c", PREFACE + program, *words).splitlines():
+        if line.startswith("step "):
+            _, begin, end = line.split()
+            return float(begin) - before, float(end) - before
+    raise RuntimeError("no step was seen")
 
 
-def measure_start(folder: Path, family: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure_start(options: argparse.Namespace, folder: Path, family: str) -> Iterator[dict[str, Any]]:
     """The rows of one family, one by one."""
-    write_checkpoint(folder, FAMILIES[family], dtype=torch.float16, variant="fp16")
-    own = 8 * FAMILIES[family]["unet"]["sample_size"]
     programs = {OURS: START_OURS, THEIRS: START_THEIRS}
-    for size in options.sizes or [own]:
+    for size in options.sizes or [common.native_size(family)]:
         words = [str(folder), options.device, options.dtype]
-        for name, picture in zip(("image", "mask"), make_input(size), strict=True):
+        for name, picture in zip(("image", "mask"), common.make_input(size), strict=True):
             picture.save(folder / f"{name}.png")
             words.append(str(folder / f"{name}.png"))
-        words += [PROMPT, NEGATIVE, "2", str(folder / "out.png")]
+        words += [common.PROMPT, common.NEGATIVE, "2", str(folder / "out.png")]
         seen: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
         for turn in range(-1, options.rounds):
             for name, program in programs.items():
@@ -122,29 +109,23 @@ def measure_start(folder: Path, family: str, options: argparse.Namespace) -> Ite
             for name, pairs in seen.items():
                 seconds = [pair[end] for pair in pairs]
                 sides[name] = {"times": seconds, "seconds": statistics.median(seconds)}
-            add_ratios(sides)
+            common.add_ratios(sides)
             name = f"{family} {size}: {row}"
             yield {"name": name, "family": family, "size": size, "row": row, "sides": sides}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = common.make_parser(__doc__)
     add = parser.add_argument
-    add("--families", type=names(tuple(FAMILIES)), default=[*FULL_SIZE], help="default: sd15,sd2")
-    add("--sizes", type=numbers, default=None, help="default: 512; of a small family its own")
+    add("--families", type=common.names(FAMILIES), default=[*common.FULL_SIZE], help="default: sd15,sd2")
+    add("--sizes", type=common.numbers, default=None, help="default: 512; of a small family its own")
     add("--rounds", type=int, default=3)
     add("--device", default="cpu")
     add("--dtype", default=None, help="default: fp16 on a GPU, fp32 on the CPU")
     options = parser.parse_args()
     options.dtype = options.dtype or ("fp16" if options.device.startswith("cuda") else "fp32")
-    rows = []
-    for family in options.families:
-        with tempfile.TemporaryDirectory() as folder:
-            for row in measure_start(Path(folder), family, options):
-                rows.append(row)
-                print(*lines(row), sep="\n", file=sys.stderr, flush=True)
-    print(HEADER, *(line for row in rows for line in lines(row)), sep="\n")
-    append(RESULTS, vars(options) | {"rows": rows})
+    rows = common.measure_families(options.families, partial(measure_start, options))
+    common.append("cold_start", common.machine() | vars(options) | {"rows": rows})
 
 
 if __name__ == "__main__":

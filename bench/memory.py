@@ -16,29 +16,20 @@ bench/results/. Needs the test extra, 2 GB of disk and what the rows take.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
 
 import minpaint
-from bench.versus_diffusers import NEGATIVE, PROMPT, append, make_input, relative, run_pipe
-from minpaint.engine.memory import choose_device, choose_dtype, forget_peak, format_size, give_back, peak_memory
+from bench import common
+from minpaint.engine.memory import forget_peak, format_size, peak_memory
 from minpaint.painter import open_painter
-from weights.random_checkpoint import FAMILIES, write_checkpoint
+from weights.random_checkpoint import FAMILIES
 
-RESULTS = Path(__file__).parent / "results" / "memory.jsonl"
 UNLIMITED = "no limit"
 ONCE = "one painting"  # no limit either, but as the command line does it: no network stays for a second one
 ON_CPU = ("plain", "slicing + VAE tiling")
@@ -66,47 +57,23 @@ def save_memory(pipe: Any, mode: str, device: torch.device) -> None:
         pipe.to(device)
 
 
-class Clock:
-    """The times at which steps end, the device's share included."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, *_: object) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-
-    @property
-    def step(self) -> float | None:
-        steps = [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
-        return statistics.median(steps) if steps else None
-
-
 def run_row(row: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One row's figures, and its latents as a list."""
-    device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
-    image, mask = make_input(options.size)
-    clock, started = Clock(), time.perf_counter()
+    device, dtype = common.place(options)
+    pictures, clock, started = common.make_input(options.size), common.StepClock(wait=True), time.perf_counter()
     forget_peak(device)
     planned, how = None, {}
     if row not in MODES:
         budget = None if row in (UNLIMITED, ONCE) else row
         painter = (open_painter if row == ONCE else minpaint.load)(folder, device, dtype, budget, None)
-        [painting] = painter(
-            image, mask, PROMPT, negative_prompt=NEGATIVE, steps=options.steps, profile="diffusers", on_step=clock
-        )
-        latents, run = painting.latents, painter.last_run
+        latents = common.run_painter(painter, pictures, options.steps, on_step=clock)
+        run = painter.last_run
         assert run is not None
         planned, how = run.plan.peak, {name: phase.how for name, phase in run.plan.phases.items()}
     else:
-        from diffusers import StableDiffusionInpaintPipeline
-
-        pipe: Any = StableDiffusionInpaintPipeline.from_pretrained(folder, torch_dtype=dtype, variant="fp16")
-        pipe.set_progress_bar_config(disable=True)
+        pipe = common.load_pipe(folder, dtype)
         save_memory(pipe, row, device)
-        latents = run_pipe(pipe, image, mask, options.size, options.steps, on_step=clock)[0].float().cpu()
+        latents = common.run_pipe(pipe, pictures, options.steps, on_step=clock).float().cpu()
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     return {
         "row": row,
@@ -114,7 +81,7 @@ def run_row(row: str, folder: Path, options: argparse.Namespace) -> dict[str, An
         "peak": peak_memory(device),
         "reserved": reserved,
         "seconds": time.perf_counter() - started,
-        "step": clock.step,
+        "step": clock.median,
         "how": how,
         "latents": latents.flatten().tolist(),
     }
@@ -123,22 +90,21 @@ def run_row(row: str, folder: Path, options: argparse.Namespace) -> dict[str, An
 def measure(row: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """A row's figures, or why there are none."""
     if options.device.startswith("cuda"):
-        gc.collect()
-        give_back(choose_device(options.device))
+        common.free_unused(common.place(options)[0])
         try:
             return run_row(row, folder, options)
         except Exception as error:
             return {"row": row, "error": f"{type(error).__name__}: {error}"}
     repeated = [word for name in REPEATED for word in (f"--{name}", str(getattr(options, name)))]
-    call = [sys.executable, "-m", "bench.memory", "--row", row, "--folder", str(folder), *repeated]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"row": row, "error": (done.stderr.strip().splitlines() or ["killed"])[-1]}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    try:
+        printed = common.in_own_process("-m", "bench.memory", "--row", row, "--folder", str(folder), *repeated)
+    except RuntimeError as error:
+        return {"row": row, "error": str(error)}
+    return dict(json.loads(printed.splitlines()[-1]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = common.make_parser(__doc__)
     parser.add_argument("--family", choices=FAMILIES, default="sd15")
     parser.add_argument("--size", type=int, default=None, help="default: the family's own")
     parser.add_argument("--steps", type=int, default=2)
@@ -149,14 +115,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where the checkpoint is, for --row")
     options = parser.parse_args()
     on_gpu = options.device.startswith("cuda")
-    options.size = options.size or 8 * FAMILIES[options.family]["unet"]["sample_size"]
+    options.size = options.size or common.native_size(options.family)
     options.dtype = options.dtype or ("fp16" if on_gpu else "bf16")
     if options.row is not None:
         print(json.dumps(run_row(options.row, options.folder, options)))
         return
     budgets = (options.budgets or BUDGETS["cuda" if on_gpu else "cpu"]).split(",")
     with tempfile.TemporaryDirectory() as name:
-        folder = write_checkpoint(Path(name), FAMILIES[options.family], dtype=torch.float16, variant="fp16")
+        folder = common.write_model(Path(name), options.family)
         if on_gpu:
             measure(UNLIMITED, folder, options)  # a warm-up
         rows = [measure(row, folder, options) for row in (UNLIMITED, ONCE, *budgets, *(MODES if on_gpu else ON_CPU))]
@@ -172,10 +138,11 @@ def main() -> None:
         planned = format_size(row["planned"]) if row["planned"] else ""
         share = f"{row['planned'] / row['peak']:.3f}" if row["planned"] else ""
         step, ratio = (f"{row['step']:.3f}", f"{row['step'] / first['step']:.2f}") if row["step"] else ("", "")
-        difference = f"{relative(torch.tensor(row.pop('latents')), reference):.1e}"
+        difference = f"{common.relative(torch.tensor(row.pop('latents')), reference):.1e}"
         figures = f"{planned:>10} {format_size(row['peak']):>10} {share:>12} {row['seconds']:8.1f} {step:>8} {ratio:>6}"
         print(f"{name:32} {figures}  {difference}")
-    append(RESULTS, {name: getattr(options, name) for name in REPEATED} | {"rows": rows})
+    asked = {name: getattr(options, name) for name in REPEATED}
+    common.append("memory", common.machine() | asked | {"rows": rows})
 
 
 if __name__ == "__main__":

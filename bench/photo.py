@@ -12,22 +12,18 @@ One JSON line goes to bench/results/.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw
 
 import minpaint
-from bench.versus_diffusers import alternate, append, timed
-from minpaint.engine.memory import choose_device, choose_dtype
+from bench import common
 from minpaint.picture.frame import open_frame
 from minpaint.picture.saving import save
 from minpaint.settings import Settings
-from weights.random_checkpoint import FAMILIES, write_checkpoint
+from weights.random_checkpoint import FAMILIES
 
-RESULTS = Path(__file__).parent / "results" / "photo.jsonl"
 PHOTO = (6000, 4000)
 
 
@@ -38,14 +34,14 @@ def make_photo() -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = common.make_parser(__doc__)
     parser.add_argument("--family", choices=FAMILIES, default="sd15")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="fp32")
     options = parser.parse_args()
-    native = 8 * FAMILIES[options.family]["unet"]["sample_size"]
+    native = common.native_size(options.family)
     left, top = (PHOTO[0] - native) // 2, (PHOTO[1] - native) // 2
     photo, mask = make_photo(), Image.new("L", PHOTO)
     middle, radius = (PHOTO[0] // 2, PHOTO[1] // 2), native // 6
@@ -54,19 +50,15 @@ def main() -> None:
     small, small_mask = photo.crop(box), mask.crop(box)
 
     with tempfile.TemporaryDirectory() as folder:
-        device = choose_device(options.device)
-        dtype = choose_dtype(options.dtype, device)
-        variant = "fp16" if options.family in ("sd15", "sd2") else None
-        stored = torch.float16 if variant else torch.float32
-        write_checkpoint(Path(folder), FAMILIES[options.family], dtype=stored, variant=variant)
-        painter = minpaint.load(folder, device, dtype)
+        common.write_model(Path(folder), options.family, half=options.family in common.FULL_SIZE)
+        painter = minpaint.load(folder, *common.place(options))
 
     def paint(image: Image.Image, hole: Image.Image) -> Image.Image:
-        [painting] = painter(image, hole, "two dogs on a bench", steps=options.steps, context="auto", seed=0)
+        [painting] = painter(image, hole, common.PROMPT, steps=options.steps, context="auto", seed=0)
         return painting.image
 
     paint(small, small_mask)
-    row = alternate(lambda: paint(photo, mask), lambda: paint(small, small_mask), options.rounds)
+    row = common.alternate(lambda: paint(photo, mask), lambda: paint(small, small_mask), options.rounds)
     large_result, small_result = row.pop("results")
     row["photo"], row["small"] = row.pop("ours"), row.pop("diffusers")
     same = large_result.crop(box).tobytes() == small_result.tobytes()
@@ -74,20 +66,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in.png", Path(folder) / "out.png"
         photo.save(source)
-        reading, frame = timed(lambda: open_frame(source, mask, Settings("")))
-        writing, receipt = timed(lambda: save(large_result, frame, {}, target))
+        reading, frame = common.timed(lambda: open_frame(source, mask, Settings("")))
+        writing, receipt = common.timed(lambda: save(large_result, frame, {}, target))
     print(f"photo of {PHOTO[0]}x{PHOTO[1]}: {row['photo']:.2f} s; picture of {native}x{native}: {row['small']:.2f} s")
     print(f"ratio {row['ratio']:.3f} ({row['spread'][0]:.3f}..{row['spread'][1]:.3f}); the same pixels: {same}")
     print(f"reading {reading:.1f} s, writing {writing:.1f} s; {receipt}")
-    figures = {
-        **vars(options),
-        **row,
-        "same": same,
-        "reading": reading,
-        "writing": writing,
-        "changed": receipt.changed,
-    }
-    append(RESULTS, figures)
+    seen = {"same": same, "reading": reading, "writing": writing, "changed": receipt.changed}
+    common.append("photo", common.machine() | vars(options) | row | seen)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from PIL import Image, ImageChops
 
 import minpaint
+from bench.common import RESULTS
 from minpaint.cli.example import bundled
 from minpaint.picture.explain import stages
 from minpaint.picture.frame import open_frame
 from minpaint.picture.image import open_image, strip, to_image
 from minpaint.settings import Settings
 
-FOLDER = Path(__file__).parent / "results"
 PROMPTS = ("a red tower", "a purple tree", "an orange house", "a yellow boat", "a meadow by day")
 SHOWN = (0, 4, 9, 14, 19)  # of 20 steps
 ZOOM = 2
@@ -23,7 +21,7 @@ AMPLIFIED = 8
 
 def save(picture: Image.Image, name: str) -> None:
     size = (ZOOM * picture.width, ZOOM * picture.height)
-    picture.resize(size, Image.Resampling.BICUBIC).save(FOLDER / name, optimize=True)
+    picture.resize(size, Image.Resampling.BICUBIC).save(RESULTS / name, optimize=True)
 
 
 def main() -> None:

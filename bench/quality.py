@@ -10,17 +10,11 @@ its defaults, but for the sampler (DPM-Solver++, 20 steps).
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache
-from multiprocessing import get_context
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -29,48 +23,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-import minpaint
-from minpaint.painter import Painter
+from bench import common
+from bench.scenes import HELD_OUT, MODEL, Case, tiny
 from minpaint.picture.image import to_image, to_unit
 from weights import world
 
-RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
-HELD_OUT = 90_000_000  # seeds from here up were never trained on
 SAMPLER: dict[str, Any] = {"sampler": "dpmpp", "steps": 20}
 NOTHING = len(world.KINDS)  # the classifier's last class
 WINDOW = 60  # pixels of the square the classifier looks at
 VISIBLE = 36  # levels by which a thing's pixel differs from the scenery behind it
 
 
-# The cases ---------------------------------------------------------------------------------------
-
-
-class Case:
-    """A held-out scene with a hole over one thing, in its usual zone or an unlikely one."""
-
-    def __init__(self, number: int, usual: bool) -> None:
-        rng = Random(HELD_OUT + number)
-        while True:
-            scene = world.scene(rng, things=rng.choice((0, 1, 2)), misplaced=0.0)
-            kind = world.KINDS[number % len(world.KINDS)]
-            colour = rng.choice(tuple(world.COLOURS))
-            make = world.thing(rng, scene, kind, True, colour) if usual else world.unlikely(rng, scene, kind, colour)
-            others = tuple(t for t in scene.things if t.kind != kind and world.apart(t.box, make.box))
-            if len(others) == len(scene.things):
-                break
-        self.number, self.target = number, make
-        self.scene = replace(scene, things=others)
-        self.mask = world.hole_over(rng, make)
-        self.prompt = world.caption(self.scene, [make])
-
-    @property
-    def without(self) -> Image.Image:
-        return world.draw(self.scene)
-
-    def drawn(self, colour: str | None = None, kind: str | None = None) -> Image.Image:
-        """The scene with its thing as the renderer draws it, in another colour or of another kind."""
-        thing = replace(self.target, colour=colour or self.target.colour, kind=kind or self.target.kind)
-        return world.draw(replace(self.scene, things=(*self.scene.things, thing)))
+# The holes over scenery ---------------------------------------------------------------------------
 
 
 def scenery(number: int) -> tuple[world.Scene, Image.Image]:
@@ -178,23 +142,14 @@ def colour_of(picture: Image.Image, case: Case, kind: str) -> str | None:
 # Painting ----------------------------------------------------------------------------------------
 
 
-@cache
-def tiny() -> Painter:
-    torch.set_num_threads(1)
-    return minpaint.load(os.environ.get("MINPAINT_QUALITY_MODEL", "tiny"), device="cpu", dtype="fp32", budget="15GiB")
-
-
 def paint(picture: Image.Image, mask: Image.Image, prompt: str, seed: int = 0, **options: Any) -> Image.Image:
     """A painting with the measured model."""
     [painting] = tiny()(picture, mask, prompt, seed=seed, **(SAMPLER | options))
     return painting.image
 
 
-def paint_case(job: tuple[int, bool, str | None]) -> Image.Image:
-    """A case painted with its own prompt, or with the one given."""
-    number, usual, prompt = job
-    case = Case(number, usual)
-    return paint(case.without, case.mask, case.prompt if prompt is None else prompt, seed=number)
+def paint_case(case: Case, prompt: str) -> Image.Image:
+    return paint(case.without, case.mask, prompt, seed=case.number)
 
 
 def reconstruct(number: int) -> tuple[float, float, int]:
@@ -242,18 +197,19 @@ def psnr(error: float) -> float:
     return -10 * math.log10(max(error, 1e-12))
 
 
-def share(right: Iterable[bool]) -> float:
-    found = list(right)
-    return sum(found) / len(found)
+def agreement(found: Iterable[object], wanted: Iterable[object]) -> float:
+    """The share of what was found that is what was wanted."""
+    equal = [a == b for a, b in zip(found, wanted, strict=True)]
+    return sum(equal) / len(equal)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = common.make_parser(__doc__)
     parser.add_argument("--scenes", type=int, default=200, help="held-out scenes of each row")
     parser.add_argument("--model", default="tiny", help="the checkpoint (default: tiny)")
     options = parser.parse_args()
-    os.environ["MINPAINT_QUALITY_MODEL"] = options.model  # the workers' own copy
-    count, rows, began = options.scenes, [], time.monotonic()
+    os.environ[MODEL] = options.model
+    count, rows, began = options.scenes, list[dict[str, Any]](), time.monotonic()
 
     def row(name: str, figure: float, bound: str, control: str) -> None:
         rows.append({"measure": name, "figure": round(figure, 4), "asked": bound, "control": control})
@@ -264,68 +220,60 @@ def main() -> None:
     judge, accuracy = train_judge()
     row("classifier right on real crops", accuracy, ">= 0.98", "1000 crops; chance 0.14")
 
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    def kinds_of(pictures: list[Image.Image], cases: list[Case]) -> list[str | None]:
+        crops = [window(p, *_middle(case.target)) for p, case in zip(pictures, cases, strict=True)]
+        with torch.no_grad():
+            return [(*world.KINDS, None)[int(kind)] for kind in judge(torch.cat(crops)).argmax(1)]
+
+    def colours_of(pictures: list[Image.Image], cases: list[Case], kinds: list[str | None]) -> list[str | None]:
+        """The colours; where a picture has no thing, what there is of the colour asked for."""
+        looked = zip(pictures, cases, kinds, strict=True)
+        return [colour_of(picture, case, kind or case.target.kind) for picture, case, kind in looked]
+
+    with common.make_pool() as pool:
         errors = list(pool.map(reconstruct, range(count), chunksize=8))
         row("VAE, whole picture, dB of mean error", psnr(sum(e[0] for e in errors) / count), ">= 32", "")
         pixels = sum(e[2] for e in errors)
         row("VAE, in boxes, dB of mean error", psnr(sum(e[1] * e[2] for e in errors) / pixels), ">= 27", "")
 
-        def kinds(cases: list[Case], pictures: Iterable[Image.Image]) -> list[int]:
-            crops = [window(p, *_middle(case.target)) for p, case in zip(pictures, cases, strict=True)]
-            with torch.no_grad():
-                return [int(k) for k in judge(torch.cat(crops)).argmax(1)]
+        def judged(cases: list[Case], prompts: list[str]) -> tuple[list[str | None], list[str | None]]:
+            """The kinds and the colours of what is painted in these holes from these prompts."""
+            pictures = list(pool.map(paint_case, cases, prompts, chunksize=4))
+            kinds = kinds_of(pictures, cases)
+            return kinds, colours_of(pictures, cases, kinds)
 
-        def judged(usual: bool, prompts: Callable[[int], str | None]) -> tuple[list[Case], list[int], list[str | None]]:
-            cases = [Case(n, usual) for n in range(count)]
-            pictures = list(pool.map(paint_case, [(n, usual, prompts(n)) for n in range(count)], chunksize=4))
-            found = kinds(cases, pictures)
-            colours = [
-                colour_of(p, case, world.KINDS[k] if k != NOTHING else case.target.kind)
-                for p, case, k in zip(pictures, cases, found, strict=True)
-            ]
-            return cases, found, colours
+        usual, unlikely = ([Case(number, where) for number in range(count)] for where in (True, False))
+        for zone, cases, bound in (("usual zone", usual, ">= 0.95"), ("unlikely zone", unlikely, ">= 0.75")):
+            kind, colour = [case.target.kind for case in cases], [case.target.colour for case in cases]
+            kinds, colours = judged(cases, [case.prompt for case in cases])
+            drawn = [case.drawn() for case in cases]
+            control = f"the renderer's own: {agreement(kinds_of(drawn, cases), kind):.3f}"
+            row(f"kind asked for, {zone}", agreement(kinds, kind), bound, control)
+            control = f"the renderer's own: {agreement(colours_of(drawn, cases, [*kind]), colour):.3f}"
+            row(f"colour asked for, {zone}", agreement(colours, colour), ">= 0.98", control)
 
-        def asked(case: Case) -> int:
-            return world.KINDS.index(case.target.kind)
+        kind, colour = [case.target.kind for case in usual], [case.target.colour for case in usual]
+        kinds, colours = judged(usual, [""] * count)
+        control = f"chance {1 / 6:.3f}; nothing painted {kinds.count(None) / count:.3f}"
+        row("kind, empty prompt", agreement(kinds, kind), "chance", control)
+        row("colour, empty prompt", agreement(colours, colour), "chance", f"chance {1 / 8:.3f}")
 
-        for usual, bound in ((True, ">= 0.95"), (False, ">= 0.75")):
-            zone = "usual zone" if usual else "unlikely zone"
-            cases, found, colours = judged(usual, lambda n: None)
-            real = kinds(cases, [case.drawn() for case in cases])
-            control = share(k == asked(c) for k, c in zip(real, cases, strict=True))
-            row(f"kind asked for, {zone}", share(k == asked(c) for k, c in zip(found, cases, strict=True)), bound,
-                f"the renderer's own: {control:.3f}")  # fmt: skip
-            real_colours = share(colour_of(c.drawn(), c, c.target.kind) == c.target.colour for c in cases)
-            row(f"colour asked for, {zone}", share(x == c.target.colour for x, c in zip(colours, cases, strict=True)),
-                ">= 0.98", f"the renderer's own: {real_colours:.3f}")  # fmt: skip
-        cases, found, colours = judged(True, lambda n: "")
-        row("kind, empty prompt", share(k == asked(c) for k, c in zip(found, cases, strict=True)), "chance",
-            f"chance {1 / 6:.3f}; nothing painted {share(k == NOTHING for k in found):.3f}")  # fmt: skip
-        row("colour, empty prompt", share(x == c.target.colour for x, c in zip(colours, cases, strict=True)), "chance",
-            f"chance {1 / 8:.3f}")  # fmt: skip
-        others = [Case((n + 1) % count, True) for n in range(count)]
-        cases, found, colours = judged(True, lambda n: others[n].prompt)
-        row("kind of another scene's prompt", share(k == asked(c) for k, c in zip(found, others, strict=True)), "high",
-            f"its own kind {share(k == asked(c) for k, c in zip(found, cases, strict=True)):.3f}")  # fmt: skip
-        own = share(x == c.target.colour for x, c in zip(colours, cases, strict=True))
-        followed = share(x == c.target.colour for x, c in zip(colours, others, strict=True))
-        row("colour of another scene's prompt", followed, "high", f"its own colour {own:.3f}")
+        others = [*usual[1:], usual[0]]
+        kinds, colours = judged(usual, [other.prompt for other in others])
+        control = f"its own kind {agreement(kinds, kind):.3f}"
+        row("kind of another scene's prompt", agreement(kinds, [c.target.kind for c in others]), "high", control)
+        control = f"its own colour {agreement(colours, colour):.3f}"
+        row("colour of another scene's prompt", agreement(colours, [c.target.colour for c in others]), "high", control)
 
         sums = list(pool.map(continue_scenery, range(count), chunksize=4))
         row("scenery continued, error / rim's mean", sum(s[0] for s in sums) / sum(s[1] for s in sums), "<= 0.5", "1")
         pairs = list(pool.map(compare_samplers, range(count), chunksize=4))
-        row("samplers differ, levels, whole picture", sum(p[1] for p in pairs) / count, "<= 3",
-            f"in the hole {sum(p[0] for p in pairs) / count:.2f}")  # fmt: skip
+        control = f"in the hole {sum(p[0] for p in pairs) / count:.2f}"
+        row("samplers differ, levels, whole picture", sum(p[1] for p in pairs) / count, "<= 3", control)
 
-    RESULTS.parent.mkdir(exist_ok=True)
-    report = {
-        "scenes": count,
-        "first_seed": HELD_OUT,
-        "model": options.model,
-        "seconds": round(time.monotonic() - began),
-    }
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(report | {"torch": torch.__version__, "rows": rows}) + "\n")
+    report = {"scenes": count, "first_seed": HELD_OUT, "model": options.model}
+    seconds = round(time.monotonic() - began)
+    common.append("quality", report | {"seconds": seconds, "torch": torch.__version__, "rows": rows})
 
 
 if __name__ == "__main__":

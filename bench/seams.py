@@ -19,27 +19,19 @@ The table goes to stdout and to bench/results/seams.md, one JSON line to bench/r
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from functools import cache
-from multiprocessing import get_context
-from pathlib import Path
 from random import Random
 from typing import Any
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from bench.quality import HELD_OUT, Case, tiny
+from bench import common
+from bench.scenes import HELD_OUT, Case, tiny
 from minpaint.checkpoint.hub import weights_folder
 from minpaint.picture.frame import open_frame
 from minpaint.picture.image import to_unit
@@ -47,20 +39,28 @@ from minpaint.picture.seam import seam_error
 from minpaint.settings import Settings
 from weights import world
 
-RESULTS = Path(__file__).parent / "results"
 STEPS = 20
 EDITS = 5
 LOUD = (255, 0, 255)
+TABLE = """\
+| | minpaint | diffusers | diffusers, pasted back | control |
+| --- | --- | --- | --- | --- |
+| kept pixels changed | {edit[changed, ours]:.1%} | {edit[changed, diffusers]:.1%} | {edit[changed, pasted]:.1%} | |
+| seam error, levels | {edit[seam, ours]:.2f} | {edit[seam, diffusers]:.2f} | {edit[seam, pasted]:.2f} \
+| no colour match: {edit[seam, plain]:.2f}; true scene: {edit[seam, true]:.2f} |
+| five rounds: untouched pixels changed | {rounds[changed, ours]:.1%} | {rounds[changed, diffusers]:.1%} \
+| {rounds[changed, pasted]:.1%} | |
+| five rounds: their error, levels | {rounds[levels, ours]:.2f} | {rounds[levels, diffusers]:.2f} \
+| {rounds[levels, pasted]:.2f} | |
+| strokes under 8 px painted | {strokes[painted, ours]:.1%} | | {strokes[painted, pasted]:.1%} | |
+| what a stroke leaves behind, levels | {strokes[left, ours]:.1f} | | {strokes[left, pasted]:.1f} \
+| the scratch itself: {strokes[left, scratch]:.1f} |
+"""
 
 
 @cache
 def pipeline() -> Any:
-    from diffusers import StableDiffusionInpaintPipeline
-
-    folder = weights_folder() / "tiny"
-    pipe: Any = StableDiffusionInpaintPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return common.load_pipe(weights_folder() / "tiny", torch.float32, half=False)
 
 
 def ours(picture: Image.Image, mask: Image.Image, prompt: str, seed: int, **options: Any) -> Image.Image:
@@ -154,45 +154,19 @@ def means(found: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(row[name] for row in found) / len(found) for name in found[0]}
 
 
-def table(edit: dict[str, float], rounds: dict[str, float], stroke: dict[str, float]) -> Iterator[str]:
-    yield "| | minpaint | diffusers | diffusers, pasted back | control |"
-    yield "| --- | --- | --- | --- | --- |"
-    yield "| kept pixels changed | {changed, ours:.1%} | {changed, diffusers:.1%} | {changed, pasted:.1%} | |".format(
-        **edit
-    )
-    yield (
-        "| seam error, levels | {seam, ours:.2f} | {seam, diffusers:.2f} | {seam, pasted:.2f} | "
-        "no colour match: {seam, plain:.2f}; true scene: {seam, true:.2f} |"
-    ).format(**edit)
-    yield (
-        "| five rounds: untouched pixels changed | {changed, ours:.1%} | {changed, diffusers:.1%} | "
-        "{changed, pasted:.1%} | |"
-    ).format(**rounds)
-    yield (
-        "| five rounds: their error, levels | {levels, ours:.2f} | {levels, diffusers:.2f} | {levels, pasted:.2f} | |"
-    ).format(**rounds)
-    yield "| strokes under 8 px painted | {painted, ours:.1%} | | {painted, pasted:.1%} | |".format(**stroke)
-    yield (
-        "| what a stroke leaves behind, levels | {left, ours:.1f} | | {left, pasted:.1f} | "
-        "the scratch itself: {left, scratch:.1f} |"
-    ).format(**stroke)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = common.make_parser(__doc__)
     parser.add_argument("--scenes", type=int, default=100, help="held-out scenes of each row (default: 100)")
     options = parser.parse_args()
     began, scenes = time.monotonic(), range(options.scenes)
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with common.make_pool() as pool:
         edit, rounds, stroke = (means(list(pool.map(work, scenes))) for work in (one_edit, five_edits, strokes))
-    lines = list(table(edit, rounds, stroke))
-    print("\n".join(lines))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "seams.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    table = TABLE.format(edit=edit, rounds=rounds, strokes=stroke)
+    print(table, end="")
+    (common.RESULTS / "seams.md").write_text(table, encoding="utf-8")
     record = {"scenes": options.scenes, "first_seed": HELD_OUT, "seconds": round(time.monotonic() - began)}
     figures = {"torch": torch.__version__, "one edit": edit, "five rounds": rounds, "strokes": stroke}
-    with (RESULTS / "seams.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record | figures) + "\n")
+    common.append("seams", record | figures)
 
 
 if __name__ == "__main__":

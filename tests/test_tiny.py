@@ -24,7 +24,8 @@ from torch import Tensor
 
 import minpaint
 import minpaint.painter
-from bench.quality import HELD_OUT, Case, colour_of, psnr
+from bench.quality import colour_of, psnr
+from bench.scenes import HELD_OUT, Case
 from minpaint.checkpoint.hub import weights_folder
 from minpaint.models.text import load_tokenizer
 from minpaint.painter import Job, Painter, Settings
