@@ -3,10 +3,10 @@
     python -m bench.cold_start                              # full-size SD 1.5 and 2 at 512 x 512, on the CPU
     python -m bench.cold_start --families small-sd1         # a minute, to see that it works
 
-Each start is a process of its own: `python -m minpaint paint` as it is, and a program of few lines
-with diffusers' pipeline, in turns, on the same random weights in half-precision files, the same
-picture, mask and prompts. A first start of each, which leaves files in the system's memory and
-compiled Python behind, is not counted. The table goes to stdout, one JSON line to bench/results/,
+Each start is a process of its own. `python -m minpaint paint`, unchanged, takes turns with a program
+of few lines that calls diffusers' pipeline. Both have the same random weights in half-precision
+files, the same picture, mask and prompts. A first start of each is not counted: it leaves files in
+the system's memory and compiled Python behind. The table goes to stdout, one JSON line to bench/results/,
 the lines as they come to stderr. Needs the test extra and, for a full-size family, 2 GB of disk.
 """
 
@@ -41,7 +41,7 @@ def watched(call, on_gpu):
         os._exit(0)
     return look
 """
-# The program as it is; only minpaint.models.unet is looked into, when it has been imported.
+# The unchanged program. When it imports minpaint.models.unet, the UNet's call is wrapped by a clock.
 START_OURS = """
 import importlib.abc, importlib.util, runpy
 class Look(importlib.abc.MetaPathFinder):

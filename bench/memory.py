@@ -5,8 +5,8 @@
     python -m bench.memory --family small-sd1 --budgets 1GiB,2GiB    # seconds, to see that it works
 
 Every row paints the same picture from the same random weights, stored in half precision as the
-official files are: minpaint under each budget, then diffusers as it comes and with what it offers
-to save memory. On a GPU the rows run one after the other in one process and the peak is the
+official files are: minpaint under each budget, then diffusers plain and in each of its modes that
+save memory. On a GPU the rows run one after the other in one process and the peak is the
 allocator's, the driver's context excluded; on the CPU each has a process of its own, whose peak is
 the largest resident set, interpreter and libraries included. Ratios are to minpaint's row without
 a limit; a step is the median of all but the first. The table goes to stdout, one JSON line to

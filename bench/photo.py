@@ -5,8 +5,9 @@
     python -m bench.photo --family small-sd1   # seconds, to see that it works
 
 The small picture is the middle of the photo, of the network's native size. The two take turns (A
-B A B ...) in one process after a warm-up, same seed; what is timed is the call, from pictures in
-memory to pictures in memory. Reading, and writing with the receipt, are timed once and apart.
+B A B ...) in one process after a warm-up, with the same seed. The clock runs during the call, from
+pictures in memory to pictures in memory. Reading the file, and writing it with the check after
+saving, are timed once and apart.
 One JSON line goes to bench/results/.
 """
 

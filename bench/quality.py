@@ -3,9 +3,9 @@
     python -m bench.quality                      # prints a table, appends it to bench/results/
     python -m bench.quality --scenes 20          # a quick look
 
-What stands in a hole is told by a small classifier trained here on the renderer's own pictures;
-its accuracy on real ones is printed beside. Pictures are painted through the public call with
-its defaults, but for the sampler (DPM-Solver++, 20 steps).
+A small classifier, trained here on the renderer's own pictures, says what stands in a hole; its
+accuracy on such pictures is the table's first row. Pictures are painted through the public call
+with its defaults, except for the sampler (DPM-Solver++, 20 steps).
 """
 
 from __future__ import annotations

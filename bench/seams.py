@@ -1,18 +1,18 @@
-"""Does it keep what it should, and does the seam show? Beside diffusers, on the tiny model.
+"""Are kept pixels kept, and does the seam show? Beside diffusers, on the tiny model.
 
     python -m bench.seams                 # 100 held-out scenes, some 15 minutes on two cores
     python -m bench.seams --scenes 4      # to see that it works
 
-Same checkpoint, seeds, sampler (DDIM) and steps on both sides. "diffusers" is what its pipeline
-returns; "pasted" is that with its own paste-back (VaeImageProcessor.apply_overlay).
+Both sides have the same checkpoint, seeds, sampler (DDIM) and steps. "diffusers" is what its
+pipeline returns; "pasted" is that with its own paste-back (VaeImageProcessor.apply_overlay).
 
-seam error: seam.seam_error, in 8-bit levels, of the painted picture; the control is the scene
-as its renderer draws it, which has no seam.
-five rounds: five holes painted one after the other, each into the result of the one before;
-looked at are the pixels that were in none of them.
-strokes: scratches of 1 to 7 pixels' width, in a loud colour, under a mask of the same shape.
-Painted is a stroke if every latent cell that it touches is; what the scratch leaves behind is
-the mean difference, in its pixels, to the scene without it.
+seam error: seam.seam_error of the painted picture, in 8-bit levels. The control is the scene as
+    its renderer draws it, which has no seam.
+five rounds: five holes are painted one after the other, each into the result of the one before.
+    Only the pixels outside all five holes are compared.
+strokes: scratches of 1 to 7 pixels' width, in a loud colour, under a mask of the same shape. A
+    stroke counts as painted if all latent cells that it touches are. What it leaves behind is the
+    mean difference, in its pixels, from the scene without the scratch.
 
 The table goes to stdout and to bench/results/seams.md, one JSON line to bench/results/.
 """
