@@ -5,6 +5,7 @@ Pictures are [n, c, Y, X] of any scale; `known` is [Y, X], True where a pixel ma
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -90,24 +91,18 @@ def nearest(known: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     found = torch.where(known.cpu(), rows * width + columns, -1)
     distance = torch.where(known.cpu(), 0.0, torch.inf)
-    jump = 1 << max((max(height, width) - 1).bit_length() - 1, 0)
-    jumps = [1]
-    while jump:
-        jumps.append(jump)
-        jump //= 2
-    for jump in jumps:
-        for down in (-jump, 0, jump):
-            for right in (-jump, 0, jump):
-                here = _overlap(height, down), _overlap(width, right)
-                there = _overlap(height, -down), _overlap(width, -right)
-                candidate = found[there]
-                away = torch.hypot(
-                    (candidate // width - rows[here]).float(),
-                    (candidate % width - columns[here]).float(),
-                ).masked_fill(candidate < 0, torch.inf)
-                closer = away < distance[here]
-                found[here] = torch.where(closer, candidate, found[here])
-                distance[here] = torch.where(closer, away, distance[here])
+    largest = max((max(height, width) - 1).bit_length() - 1, 0)
+    jumps = [1, *(2**power for power in range(largest, -1, -1))]
+    for jump, down, right in itertools.product(jumps, (-1, 0, 1), (-1, 0, 1)):
+        here = _overlap(height, jump * down), _overlap(width, jump * right)
+        there = _overlap(height, -jump * down), _overlap(width, -jump * right)
+        candidate = found[there]
+        away = torch.hypot(
+            (candidate // width - rows[here]).float(), (candidate % width - columns[here]).float()
+        ).masked_fill(candidate < 0, torch.inf)
+        closer = away < distance[here]
+        found[here] = torch.where(closer, candidate, found[here])
+        distance[here] = torch.where(closer, away, distance[here])
     return found, distance
 
 

@@ -15,33 +15,31 @@ from minpaint.errors import InputError, MinpaintWarning
 
 ImageSource = Image.Image | str | PathLike[str] | BinaryIO
 KEPT_MODES = ("RGB", "RGBA", "L", "LA", "1", "P")
+SPARE = 16  # entries of a palette that new colours need
 GAP = 4  # pixels between the pictures of a strip
 
 
 def open_image(source: ImageSource, what: str = "image") -> Image.Image:
     """A fully read picture from a file (turned as its EXIF orientation says) or from memory.
 
-    InputError if it is missing, unreadable, truncated or absurdly large.
+    what: what messages call it. InputError if it is missing, unreadable, truncated or absurdly large.
     """
-    if isinstance(source, Image.Image):
-        name, image = f"the {what}", source
-    elif isinstance(source, (str, PathLike)) or hasattr(source, "read"):
-        name = f"{what} {fspath(source)}" if isinstance(source, (str, PathLike)) else f"the {what}"
-        try:
-            image = Image.open(source)
-        except FileNotFoundError:
-            raise InputError(f"{name}: no such file") from None
-        except Image.DecompressionBombError as error:
-            raise InputError(f"{name}: too many pixels ({error})") from None
-        except UnidentifiedImageError:
-            raise InputError(f"{name}: not a picture that Pillow can read") from None
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(f"{name}: cannot be read ({error})") from None
-    else:
+    name = f"{what} {fspath(source)}" if isinstance(source, (str, PathLike)) else f"the {what}"
+    if not isinstance(source, (Image.Image, str, PathLike)) and not hasattr(source, "read"):
         raise InputError(f"{what} must be a path or a PIL image, not {type(source).__name__}")
     try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such file") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name}: too many pixels ({error})") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{name}: not a picture that Pillow can read") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"{name}: cannot be read ({error})") from None
+    try:
         image.load()
-        if not isinstance(source, Image.Image):
+        if image is not source:
             if getattr(image, "is_animated", False) and image.format != "MPO":  # whose others are previews
                 warnings.warn(f"{name} holds several pictures; the first is used", MinpaintWarning, stacklevel=2)
             exif = image.getexif()
@@ -65,21 +63,20 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
 
 def keep_mode(image: Image.Image) -> Image.Image:
     """The picture in a mode that a painting can have; a MinpaintWarning says what cannot be kept."""
-    if image.mode in KEPT_MODES:
-        if image.info.get("bits") == 16:
-            _say_mode("16-bit grey", "8-bit grey")
-        return image
-    grey = image.mode.startswith(("I", "F"))
-    kept = "L" if grey else "RGBA" if image.mode in ("PA", "RGBa", "La") else "RGB"
-    _say_mode(image.mode, kept)
-    converted = image.convert(kept)
-    converted.info = {key: value for key, value in image.info.items() if key != "icc_profile" or grey}
-    return converted
-
-
-def _say_mode(given: str, kept: str) -> None:
-    told = f"the image is {given}, which cannot be painted in; it is read and written as {kept}"
-    warnings.warn(told, MinpaintWarning, stacklevel=2)
+    given = kept = image.mode
+    if image.info.get("bits") == 16:
+        given, kept = "16-bit grey", "8-bit grey"
+    elif image.mode not in KEPT_MODES:
+        grey, info = image.mode.startswith(("I", "F")), dict(image.info)
+        kept = "L" if grey else "RGBA" if image.mode in ("PA", "RGBa", "La") else "RGB"
+        if not grey:
+            info.pop("icc_profile", None)  # which describes the colours of the mode that is left
+        image = image.convert(kept)
+        image.info = info
+    if kept != given:
+        told = f"the image is {given}, which cannot be painted in; it is read and written as {kept}"
+        warnings.warn(told, MinpaintWarning, stacklevel=2)
+    return image
 
 
 def mixable(image: Image.Image) -> Image.Image:
@@ -99,51 +96,46 @@ def alpha_of(image: Image.Image) -> Image.Image | None:
 def restore_mode(worked: Image.Image, original: Image.Image, touched: Image.Image) -> Image.Image:
     """The original with its touched pixels (mode 1) from a mixable picture; the others are exactly its own.
 
-    In a palette picture the new colours go to entries that no pixel uses; where there are none
-    to spare, to the nearest of those there are.
+    A palette picture gets the new colours in entries that no pixel uses. If it has fewer than
+    SPARE of them, it gets the nearest of the opaque colours that it has.
     """
     result, box = original.copy(), touched.getbbox()
     if box is None:
         return result
-    part, where = worked.crop(box), touched.crop(box)
-    if original.mode == "P":
-        return _paste_with_palette(result, part.convert("RGB"), box, where)
-    result.paste(part.convert(original.mode), box[:2], where)
+    part = worked.crop(box)
+    part = _into_palette(part.convert("RGB"), result) if original.mode == "P" else part.convert(original.mode)
+    result.paste(part, box[:2], touched.crop(box))
     return result
 
 
-def _paste_with_palette(
-    result: Image.Image, part: Image.Image, box: tuple[int, int, int, int], where: Image.Image
-) -> Image.Image:
-    palette = (result.getpalette("RGB") or [])[:768]
-    palette += [0] * (768 - len(palette))
-    transparent = result.info.get("transparency")
+def _into_palette(part: Image.Image, result: Image.Image) -> Image.Image:
+    """An RGB picture in a palette picture's palette, mode P; what no pixel uses of the palette may change."""
+    palette, clear = _colours(result), result.info.get("transparency")  # an index, or bytes: a level per index
+    levels = list(clear.ljust(256, b"\xff")) if isinstance(clear, bytes) else [255] * 256
     used = result.histogram()
-    spare = [index for index in range(256) if not used[index] and index != transparent]
-    if len(spare) >= 16:
-        new = part.quantize(len(spare), dither=Image.Dither.FLOYDSTEINBERG)
-        colours = (new.getpalette("RGB") or [])[: 3 * len(spare)]
-        for number in range(len(colours) // 3):
-            palette[3 * spare[number] : 3 * spare[number] + 3] = colours[3 * number : 3 * number + 3]
-        indices = new.point([*spare, *[0] * (256 - len(spare))], "L")
-        if isinstance(transparent, bytes):
-            opaque = set(spare)
-            alphas = transparent + b"\xff" * (256 - len(transparent))
-            result.info["transparency"] = bytes(255 if i in opaque else a for i, a in enumerate(alphas))
+    usable = [index for index in range(256) if used[index] and index != clear]
+    spare = [index for index in range(256) if not used[index] and index != clear]
+    if len(spare) >= SPARE:
+        entries = spare
+        part = part.quantize(len(spare), dither=Image.Dither.FLOYDSTEINBERG)
+        for index, colour in zip(spare, _colours(part), strict=False):
+            palette[index] = colour
+        if isinstance(clear, bytes):
+            result.info["transparency"] = bytes(255 if index in spare else levels[index] for index in range(256))
     else:
-        usable = [index for index in range(256) if used[index] and index != transparent]
-        if isinstance(transparent, bytes):
-            opaque_ones = [i for i in usable if i >= len(transparent) or transparent[i] == 255]
-            usable = opaque_ones or usable
+        entries = [index for index in usable if levels[index] == 255] or usable
         sample = Image.new("P", (1, 1))
-        sample.putpalette([level for index in usable for level in palette[3 * index : 3 * index + 3]])
-        indices = part.quantize(palette=sample).point([*usable, *[usable[0]] * (256 - len(usable))], "L")
-    levels = Image.frombytes("L", result.size, result.tobytes())
-    levels.paste(indices, box[:2], where)
-    painted = Image.frombytes("P", result.size, levels.tobytes())
-    painted.putpalette(palette)
-    painted.info = result.info
-    return painted
+        sample.putpalette([level for index in entries for level in palette[index]])
+        part = part.quantize(palette=sample)
+    result.putpalette([level for colour in palette for level in colour])
+    return part.point([*entries, *[entries[0]] * (256 - len(entries))])
+
+
+def _colours(image: Image.Image) -> list[list[int]]:
+    """The palette of a picture as 256 colours; those that it lacks are black."""
+    levels = (image.getpalette("RGB") or [])[:768]
+    levels += [0] * (768 - len(levels))
+    return [levels[i : i + 3] for i in range(0, 768, 3)]
 
 
 def expand(image: Image.Image, margins: tuple[int, int, int, int]) -> Image.Image:
@@ -152,23 +144,17 @@ def expand(image: Image.Image, margins: tuple[int, int, int, int]) -> Image.Imag
     width, height = image.size
     if not any(margins):
         return image
-    grown = Image.new(image.mode, (width + left + right, height + top + bottom))
-    if image.mode == "P":
-        grown.putpalette(image.getpalette("RGB") or [])
-    grown.paste(image, (left, top))
-    for at, strip_box, size in (
+    grown = image.crop((-left, -top, width + right, height + bottom))  # keeps mode, palette and metadata
+    for at, edge, size in (
         ((0, top), (left, top, left + 1, top + height), (left, height)),
         ((left + width, top), (left + width - 1, top, left + width, top + height), (right, height)),
         ((0, 0), (0, top, grown.width, top + 1), (grown.width, top)),
         ((0, top + height), (0, top + height - 1, grown.width, top + height), (grown.width, bottom)),
     ):
         if 0 not in size:
-            grown.paste(grown.crop(strip_box).resize(size, Image.Resampling.NEAREST), at)
+            grown.paste(grown.crop(edge).resize(size, Image.Resampling.NEAREST), at)
     if "A" in image.getbands():
-        opaque = Image.new("L", grown.size, 255)
-        opaque.paste(image.getchannel("A"), (left, top))
-        grown.putalpha(opaque)
-    grown.info = dict(image.info)
+        grown.putalpha(ImageOps.expand(image.getchannel("A"), margins, 255))
     return grown
 
 
@@ -186,13 +172,11 @@ def to_unit(image: Image.Image) -> Tensor:
 
 def to_image(pixels: Tensor) -> Image.Image:
     """[3, Y, X] in [-1, 1], clamped to it, as an RGB picture."""
-    levels = ((pixels.float().cpu() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    height, width = levels.shape[1:]
-    return Image.frombytes("RGB", (width, height), levels.permute(1, 2, 0).contiguous().numpy().tobytes())
+    return Image.merge("RGB", [to_levels(channel) for channel in pixels.float().cpu() * 0.5 + 0.5])
 
 
 def to_levels(x: Tensor) -> Image.Image:
-    """[Y, X] in [0, 1] as a picture in mode L."""
+    """[Y, X] in [0, 1], clamped to it, as a picture in mode L."""
     levels = (x.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.frombytes("L", (x.shape[1], x.shape[0]), levels.contiguous().numpy().tobytes())
 

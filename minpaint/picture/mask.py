@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageOps
 from torch import Tensor
 
 from minpaint.errors import InputError
@@ -50,11 +50,7 @@ def find_hole(
         levels = ImageChops.invert(alpha) if alpha is not None else Image.new("L", image.size)
     if not soft:
         levels = levels.point(lambda level: 255 * (level >= 128))
-    left, top, right, bottom = margins
-    if any(margins):
-        hole = Image.new("L", (image.width + left + right, image.height + top + bottom), 255)
-        hole.paste(levels, (left, top))
-        levels = hole
+    levels = ImageOps.expand(levels, margins, 255)
     if levels.getbbox() is None:
         raise InputError(
             NOTHING_TO_PAINT
@@ -134,17 +130,11 @@ def reach_box(hole: Image.Image, reach: int = 0) -> Box:
 def islands(hole: Image.Image, apart: int) -> Iterator[Image.Image]:
     """The parts of a hole that are at least some `apart` pixels from one another, each as a hole, top first."""
     padded = F.pad(to_unit(hole), (0, -hole.width % apart, 0, -hole.height % apart))
-    coarse = F.max_pool2d(padded, apart)[0, 0] > 0
-    height, width = coarse.shape
-    left_over = {(int(y), int(x)) for y, x in coarse.nonzero().tolist()}
-    while left_over:
-        island, border = Image.new("1", (width, height)), [min(left_over)]
-        left_over.discard(border[0])
-        while border:
-            y, x = border.pop()
-            island.putpixel((x, y), 1)
-            around = {(y + down, x + right) for down in (-1, 0, 1) for right in (-1, 0, 1)} & left_over
-            left_over -= around
-            border += around
-        cells = island.resize((width * apart, height * apart), Image.Resampling.NEAREST)
-        yield Image.composite(hole, Image.new("L", hole.size), cells.crop((0, 0, *hole.size)))
+    marked = (F.max_pool2d(padded, apart) > 0).double()  # squares of `apart` pixels, [1, 1, y, x]
+    labels, before = torch.arange(marked.numel(), 0, -1).reshape(marked.shape) * marked, marked
+    while not torch.equal(labels, before):  # neighbours take the larger label, until a part has only its first's
+        labels, before = F.max_pool2d(labels, 3, 1, 1) * marked, labels
+    for label in sorted(set(labels[labels > 0].tolist()), reverse=True):
+        squares = to_levels((labels[0, 0] == label).float())
+        squares = squares.resize((squares.width * apart, squares.height * apart), Image.Resampling.NEAREST)
+        yield ImageChops.darker(hole, squares.crop((0, 0, *hole.size)))

@@ -1,6 +1,6 @@
-"""Pictures to files: format, metadata, the record of the run, and the receipt.
+"""Pictures to files: format, metadata, the record of the painting, and the receipt.
 
-The receipt is proof that kept pixels were kept: the file is read again and compared with the
+The receipt proves that kept pixels were kept: the file is read again and compared with the
 original. The record is all that is needed to paint the picture again; it travels in the file.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from dataclasses import dataclass
 from functools import reduce
 from io import BytesIO
@@ -22,17 +22,12 @@ from minpaint.picture.frame import Frame
 from minpaint.picture.image import ImageSource, open_image
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
-LOSSY = ("JPEG",)
 LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; libjpeg's and the format's limits
-OPTIONS: dict[str, dict[str, Any]] = {
-    "PNG": {},
-    "JPEG": {"quality": 95, "subsampling": 0},
-    "WEBP": {"lossless": True, "exact": True},
-    "TIFF": {},
-}
+OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True, "exact": True}}
 RECORD = "minpaint"  # keyword of the record's PNG text chunk, and a key of every record
 NO_TEXT = (RECORD, "XML:com.adobe.xmp")  # text chunks that are not carried over as they are
 EXIF_FOLDER, GPS_FOLDER, USER_COMMENT, ASCII = 0x8769, 0x8825, 0x9286, b"ASCII\0\0\0"
+INFO = ("icc_profile", "dpi", "xmp", "comment")  # metadata that Pillow takes as options by these names
 # EXIF tags about the picture: description, camera, software, date, artist, computer, copyright;
 # the others say how the old file's pixels are laid out, or hold a preview of the old picture
 CARRIED = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x013C, 0x8298)
@@ -43,7 +38,7 @@ class Receipt:
     """What the saved file has changed outside the hole and its feather.
 
     changed: pixels there that differ from the original's, of `outside`; largest: by how many
-    8-bit levels at most. lossless: whether the file's format can keep every pixel.
+    8-bit levels at most. lossless: whether the format can keep every pixel.
     """
 
     changed: int
@@ -72,29 +67,27 @@ def save(
 
     A file is written beside its target and renamed, so that a killed run leaves no half picture,
     and one that did not keep what it should is never left behind. Without a frame nothing is
-    compared, no metadata carried, and there is no receipt.
+    compared, no metadata carried over, and there is no receipt.
 
     Raises:
         MinpaintError: a pixel outside the hole has changed although the format is lossless.
     """
-    kind = FORMATS[target.suffix.lower()] if isinstance(target, Path) else "PNG"
     if not isinstance(target, Path):
         content = BytesIO()
-        _write(image, frame, record, kind, content)
-        receipt = None if frame is None else _compare(content, frame, kind)
+        _write(image, frame, record, "PNG", content)
+        receipt = None if frame is None else _compare(content, frame, "PNG")
         target.write(content.getvalue())
         target.flush()
         return receipt
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix)
+    kind = FORMATS[target.suffix.lower()]
+    beside = target.with_name(f".{target.stem}-{secrets.token_hex(4)}{target.suffix}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with beside.open("xb") as file:
             _write(image, frame, record, kind, file)
-        receipt = None if frame is None else _compare(name, frame, kind)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        receipt = None if frame is None else _compare(beside, frame, kind)
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
     return receipt
 
 
@@ -117,29 +110,19 @@ def read_record(source: ImageSource) -> dict[str, Any]:
 
 def _write(image: Image.Image, frame: Frame | None, record: dict[str, Any] | None, kind: str, file: BinaryIO) -> None:
     original = frame.original if frame is not None else Image.new("L", (1, 1))
-    options = OPTIONS[kind] | _metadata(original, kind)
-    exif = _exif(original)
+    exif, text = _exif(original), PngImagePlugin.PngInfo()
+    for key, value in original.info.items():
+        if isinstance(key, str) and isinstance(value, str) and key not in NO_TEXT:
+            text.add_itxt(key, value)
     if record is not None and kind == "PNG":
-        options["pnginfo"].add_text(RECORD, json.dumps(record))
+        text.add_text(RECORD, json.dumps(record))
     elif record is not None:
         exif.get_ifd(EXIF_FOLDER)[USER_COMMENT] = ASCII + json.dumps(record).encode("ascii")
+    options: dict[str, Any] = {key: original.info[key] for key in INFO if original.info.get(key)}
+    options |= OPTIONS.get(kind, {"pnginfo": text})
     if len(exif) or any(exif.get_ifd(folder) for folder in (EXIF_FOLDER, GPS_FOLDER)):
         options["exif"] = exif.tobytes()
     _fit(image, kind).save(file, kind, **options)
-
-
-def _metadata(original: Image.Image, kind: str) -> dict[str, Any]:
-    """What of an original's metadata its format takes, but for EXIF, as options for Pillow."""
-    info = original.info
-    kept = {key: info[key] for key in ("icc_profile", "dpi", "xmp") if info.get(key)}
-    if kind == "JPEG" and info.get("comment"):
-        kept["comment"] = info["comment"]
-    if kind == "PNG":
-        kept["pnginfo"] = PngImagePlugin.PngInfo()
-        for key, value in info.items():
-            if isinstance(key, str) and isinstance(value, str) and key not in NO_TEXT:
-                kept["pnginfo"].add_itxt(key, value)
-    return kept
 
 
 def _exif(original: Image.Image) -> Image.Exif:
@@ -165,25 +148,17 @@ def _fit(image: Image.Image, kind: str) -> Image.Image:
     return flat.convert("L" if image.mode == "LA" else "RGB")
 
 
-def _compare(file: str | BytesIO, frame: Frame, kind: str) -> Receipt:
+def _compare(file: Path | BytesIO, frame: Frame, kind: str) -> Receipt:
+    original = _fit(frame.original, kind)
     with Image.open(file) as saved:
-        saved.load()
-        original = _fit(frame.original, kind)
-        modes = {saved.mode, original.mode}
-        mode = "RGBA" if len(modes) > 1 or "P" in modes else "L" if modes == {"1"} else saved.mode
         if saved.size != original.size:
             raise MinpaintError(f"the file came out as {saved.size}, not {original.size}; nothing was written")
-        pairs = zip(saved.convert(mode).split(), original.convert(mode).split(), strict=True)
-        difference = reduce(ImageChops.lighter, (ImageChops.difference(a, b) for a, b in pairs))
-    counts = difference.histogram(ImageChops.invert(frame.touched.convert("L")))[:256]
+        modes = {saved.mode, original.mode}
+        mode = "RGBA" if len(modes) > 1 or "P" in modes else "L" if modes == {"1"} else saved.mode
+        differences = ImageChops.difference(saved.convert(mode), original.convert(mode)).split()
+    counts = reduce(ImageChops.lighter, differences).histogram(ImageChops.invert(frame.touched.convert("L")))[:256]
     largest = max((level for level in range(256) if counts[level]), default=0)
-    receipt = Receipt(sum(counts[1:]), sum(counts), largest, kind not in LOSSY)
+    receipt = Receipt(sum(counts[1:]), sum(counts), largest, kind != "JPEG")
     if receipt.lossless and receipt.changed:
         raise MinpaintError(f"{receipt}: this must not be; nothing was written, please report it")
     return receipt
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
