@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_file import (
@@ -19,10 +18,8 @@ from single_file import (
 from torch import Tensor, nn
 
 import minpaint
+from minpaint.checkpoint.architecture import blank_models
 from minpaint.checkpoint.configs import text_config, unet_config, vae_config
-from minpaint.models.text import build_text_encoder
-from minpaint.models.unet import UNet
-from minpaint.models.vae import VAE
 from minpaint.painter import Painter
 from weights.random_checkpoint import FAMILIES, PNDM, SCHEDULER
 
@@ -73,12 +70,8 @@ def configure(folder: Path, component: str, **values: Any) -> None:
 
 
 def meta_models(configs: Mapping[str, Json]) -> dict[str, nn.Module]:
-    with torch.device("meta"):
-        return {
-            "unet": UNet(unet_config(configs["unet"])),
-            "vae": VAE(vae_config(configs["vae"])),
-            "text_encoder": build_text_encoder(text_config(configs["text_encoder"])),
-        }
+    unet, vae, text = (configs[component] for component in BASES)
+    return blank_models(unet_config(unet), vae_config(vae), text_config(text))
 
 
 def hollow_single_file(configs: Mapping[str, Json], folder: Path, extras: bool = True) -> Path:

@@ -1,8 +1,8 @@
 """A second writer of latent diffusion's single files, for tests: official names to LDM names.
 
-It goes the other way than minpaint.ldm and shares nothing with it. Sources: CompVis/stable-diffusion,
-ldm/modules/diffusionmodules/{openaimodel,model}.py and ldm/models/diffusion/ddpm.py; mlfoundations/open_clip,
-src/open_clip/transformer.py.
+It goes the other way than minpaint/checkpoint/single_file.py and shares nothing with it. Sources:
+CompVis/stable-diffusion, ldm/modules/diffusionmodules/{openaimodel,model}.py and
+ldm/models/diffusion/ddpm.py; mlfoundations/open_clip, src/open_clip/transformer.py.
 """
 
 from __future__ import annotations

@@ -55,9 +55,8 @@ from minpaint.checkpoint.configs import scheduler_config, text_config, unet_conf
 from minpaint.checkpoint.load import describe
 from minpaint.checkpoint.tensorfile import read_directory, read_tensors
 from minpaint.errors import MinpaintWarning
-from minpaint.models.text import END
 from minpaint.painter import Painter
-from weights.random_checkpoint import FAMILIES, write_checkpoint, write_tokenizer
+from weights.random_checkpoint import END, FAMILIES, write_checkpoint, write_tokenizer
 
 # ---- the same weights in every layout ----
 
@@ -326,7 +325,7 @@ def test_what_the_configuration_folder_says_goes_over_what_shapes_tell(copy: Fol
 def test_a_single_file_whose_last_text_layer_was_already_dropped_keeps_its_layers(tmp_path: Path) -> None:
     # diffusers' scripts/convert_diffusers_to_original_stable_diffusion.py writes SD 2 like this
     told = describe(hollow_single_file(FAMILIES["sd2"], tmp_path, extras=False))
-    assert told.architecture.text["num_hidden_layers"] == 23
+    assert told.architecture.text.num_hidden_layers == 23
 
 
 # ---- the writers of these tests themselves ----
@@ -486,7 +485,7 @@ def test_official_folders_are_described_as_they_are_published(name: str, half: b
 @needs_official
 @pytest.mark.parametrize(("name", "pad"), [("sd15-inpainting", 49407), ("sd2-inpainting", 0)])
 def test_the_official_tokenizers_pad_as_published(name: str, pad: int, tmp_path: Path) -> None:
-    from minpaint.models.text import load_tokenizer
+    from minpaint.checkpoint.tokenizer import load_tokenizer
 
     folder = Path(shutil.copytree(OFFICIAL / name / "tokenizer", tmp_path / "tokenizer"))
     shutil.copytree(OFFICIAL / "clip-tokenizer", folder, dirs_exist_ok=True)

@@ -27,7 +27,7 @@ import minpaint.painter
 from bench.quality import colour_of, psnr
 from bench.scenes import HELD_OUT, Case
 from minpaint.checkpoint.hub import weights_folder
-from minpaint.models.text import load_tokenizer
+from minpaint.checkpoint.tokenizer import load_tokenizer
 from minpaint.painter import Job, Painter, Settings
 from minpaint.picture import view
 from minpaint.picture.image import to_image, to_unit

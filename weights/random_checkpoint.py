@@ -20,12 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minpaint.checkpoint.architecture import blank_models
 from minpaint.checkpoint.configs import text_config, unet_config, vae_config
-from minpaint.models.text import END, START, build_text_encoder
-from minpaint.models.unet import UNet
-from minpaint.models.vae import VAE
 
 Json = dict[str, Any]
+START, END = "<|startoftext|>", "<|endoftext|>"
 
 SCHEDULER: Json = {
     "_class_name": "DDIMScheduler",
@@ -180,12 +179,8 @@ def write_checkpoint(
     variant: str | None = None,
 ) -> Path:
     """A checkpoint in diffusers layout with random weights; the folder."""
-    with torch.device("meta"):
-        models = {
-            "unet": UNet(unet_config(configs["unet"])),
-            "vae": VAE(vae_config(configs["vae"])),
-            "text_encoder": build_text_encoder(text_config(configs["text_encoder"])),
-        }
+    unet, vae, text = (configs[component] for component in ("unet", "vae", "text_encoder"))
+    models = blank_models(unet_config(unet), vae_config(vae), text_config(text))
     for number, (component, model) in enumerate(models.items()):
         tensors = {key: tensor.to(dtype) for key, tensor in randomise(model, 1000 * seed + number).items()}
         write_component(folder, component, configs[component], tensors, variant)

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from minpaint.checkpoint.configs import scheduler_config, text_config, unet_config, vae_config
-from minpaint.models.text import END, build_text_encoder, load_tokenizer
+from minpaint.checkpoint.tokenizer import load_tokenizer
+from minpaint.models.text import build_text_encoder
 from minpaint.models.unet import UNet
 from minpaint.models.vae import VAE
 from minpaint.picture.canvas import reference_canvas
@@ -32,6 +33,7 @@ from minpaint.picture.image import to_pixels
 from minpaint.schedule import alphas_cumprod
 from weights import world
 from weights.random_checkpoint import (
+    END,
     SCHEDULER,
     Json,
     byte_vocabulary,

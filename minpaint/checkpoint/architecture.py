@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from minpaint.checkpoint.tensorfile import Directory, Stored
-from minpaint.models.config import UNetConfig, VAEConfig
+from minpaint.models.config import TextConfig, UNetConfig, VAEConfig
 from minpaint.models.text import build_text_encoder
 from minpaint.models.unet import UNet
 from minpaint.models.vae import VAE
@@ -19,16 +18,19 @@ ENCODER = ("encoder.", "quant_conv.")  # names of the VAE's tensors that encodin
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a checkpoint's memory depends on. directories: by part of the program, `PHASES`' values."""
+    """What a checkpoint's memory depends on.
+
+    directories: where each tensor of "text_encoder", "encoder", "unet" and "decoder" is stored.
+    """
 
     name: str
     unet: UNetConfig
     vae: VAEConfig
-    text: Mapping[str, Any]
+    text: TextConfig
     directories: dict[str, Directory]
 
 
-def blank_models(unet: UNetConfig, vae: VAEConfig, text: Mapping[str, Any]) -> dict[str, Any]:
+def blank_models(unet: UNetConfig, vae: VAEConfig, text: TextConfig) -> dict[str, Any]:
     """The three models on the meta device: shapes without numbers."""
     with torch.device("meta"):
         models = {"unet": UNet(unet), "vae": VAE(vae), "text_encoder": build_text_encoder(text)}
@@ -36,7 +38,7 @@ def blank_models(unet: UNetConfig, vae: VAEConfig, text: Mapping[str, Any]) -> d
 
 
 def split_vae(directories: dict[str, dict[str, Stored]]) -> dict[str, Directory]:
-    """Directories by part from those by model ("unet", "vae", "text_encoder")."""
+    """The directories of an `Architecture`, from those of "unet", "vae" and "text_encoder"."""
     encoder = {name: stored for name, stored in directories["vae"].items() if name.startswith(ENCODER)}
     decoder = {name: stored for name, stored in directories["vae"].items() if name not in encoder}
     return {

@@ -1,33 +1,83 @@
 """What the supported checkpoints differ in, read from their JSON files.
 
-A field exists only if two supported checkpoints differ in it. Every other key of the
-reference's configurations must have the one value this code implements; any other value is
-refused by name, so that no checkpoint is ever run as something it is not. Keys that start
+For each file a table says which key becomes which field, and what it may be. Every other key of
+the reference's configurations must have the one value that this code implements; any other value
+is refused by name, so that no checkpoint is ever run as something it is not. Keys that start
 with an underscore are notes of the program that wrote the file.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minpaint.checkpoint.tensorfile import read_json
 from minpaint.errors import CheckpointError
-from minpaint.models.config import UNetConfig, VAEConfig
+from minpaint.models.config import TextConfig, UNetConfig, VAEConfig
 from minpaint.schedule import SAMPLER_OF_CLASS, SchedulerConfig
 
+UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+FILES = (UNET, VAE, TEXT, SCHEDULER)
+LARGEST = 2**20  # of any count; larger ones overflow the arithmetic of shapes
+REQUIRED, ANY = object(), object()  # in place of a default; in place of the one value of a key that changes nothing
+
 Json = Mapping[str, Any]
+Row = tuple[str, Any, Callable[[Any], bool], str]  # a key, its default, a check of its value, what the check wants
 
-LARGEST = 2**20  # of any count; beyond, shapes overflow before they are compared with the file's
 
-ATTENTION_BLOCKS = {"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"}
+def _count(key: str, default: Any, least: int = 1) -> Row:
+    return key, default, lambda n: type(n) is int and least <= n <= LARGEST, f"must be {least} to {LARGEST}"
 
+
+def _counts(key: str, default: Any) -> Row:
+    """A list of counts, one a level; with a default that is one count, also one count for all levels."""
+
+    def check(value: Any) -> bool:
+        entries = [value] if isinstance(default, int) and not isinstance(value, list) else value
+        return isinstance(entries, list) and entries != [] and all(map(_count(key, 1)[2], entries))
+
+    return key, default, check, "must be counts, one a level"
+
+
+def _number(key: str, default: float, limit: float = float("inf")) -> Row:
+    wanted = f"must be more than 0 and less than {limit:g}"
+    return key, default, lambda x: type(x) in (int, float) and 0 < x < limit, wanted
+
+
+def _choice(key: str, default: Any, *supported: Any) -> Row:
+    alike = [(type(value), value) for value in supported]  # 1 and 1.0 and true are three values
+    return key, default, lambda x: (type(x), x) in alike, f"only {', '.join(map(str, supported))}"
+
+
+def _flag(key: str, default: bool | None) -> Row:
+    return _choice(key, default, False, True)
+
+
+def _types(key: str, default: Any, *supported: str) -> Row:
+    wanted = f"must be a list of {' or '.join(supported)}"
+    return key, default, lambda x: isinstance(x, list) and all(name in supported for name in x), wanted
+
+
+UNET_FIELDS = {
+    "in_channels": _choice("in_channels", 4, 4, 9),
+    "channels": _counts("block_out_channels", REQUIRED),
+    "layers": _count("layers_per_block", 2),
+    "down_attention": _types("down_block_types", REQUIRED, "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_attention": _types("up_block_types", REQUIRED, "CrossAttnUpBlock2D", "UpBlock2D"),
+    # The reference's name is historical: the number is how many heads there are.
+    "heads": _counts("attention_head_dim", 8),
+    "context_dim": _count("cross_attention_dim", 1280),
+    "linear_projection": _flag("use_linear_projection", False),
+    "norm_groups": _count("norm_num_groups", 32),
+    "sample_size": _count("sample_size", 64),
+}
 # diffusers/models/unets/unet_2d_condition.py, __init__: the values that the official
 # configurations use, which for most keys is the default.
 UNET_FIXED: Json = {
     "out_channels": 4,
-    "center_input_sample": False,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
@@ -45,10 +95,17 @@ UNET_FIXED: Json = {
     "conv_out_kernel": 3,
     "attention_type": "default",
     "addition_embed_type_num_heads": 64,  # of an embedding that is itself refused
+    "upcast_attention": ANY,  # fused attention accumulates in float32 whether or not SD 2.1 asks for it
 }
-# Fused attention accumulates in float32 whether or not SD 2.1 asks for it.
-UNET_WITHOUT_EFFECT = {"upcast_attention"}
 
+VAE_FIELDS = {
+    "channels": _counts("block_out_channels", REQUIRED),
+    "layers": _count("layers_per_block", 1),
+    "norm_groups": _count("norm_num_groups", 32),
+    "scaling_factor": _number("scaling_factor", 0.18215),
+    "down": _types("down_block_types", REQUIRED, "DownEncoderBlock2D"),
+    "up": _types("up_block_types", REQUIRED, "UpDecoderBlock2D"),
+}
 # diffusers/models/autoencoders/autoencoder_kl.py, __init__
 VAE_FIXED: Json = {
     "in_channels": 3,
@@ -58,245 +115,166 @@ VAE_FIXED: Json = {
     "use_quant_conv": True,
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
+    "sample_size": ANY,  # which the training used
+    "force_upcast": ANY,  # a hint to pipelines of other models
 }
-# A size the training used, and a hint to pipelines of other models.
-VAE_WITHOUT_EFFECT = {"sample_size", "force_upcast"}
 
+TEXT_FIELDS = {
+    "hidden_act": _choice("hidden_act", "quick_gelu", "quick_gelu", "gelu"),
+    "hidden_size": _count("hidden_size", 512),
+    "intermediate_size": _count("intermediate_size", 2048),
+    "layer_norm_eps": _number("layer_norm_eps", 1e-5),
+    "max_position_embeddings": _count("max_position_embeddings", 77),
+    "num_attention_heads": _count("num_attention_heads", 8),
+    "num_hidden_layers": _count("num_hidden_layers", 12),
+    "vocab_size": _count("vocab_size", 49408),
+    "use_attention_mask": _flag("use_attention_mask", False),
+}
+TEXT_KIND = {
+    "classes": _types("architectures", ["CLIPTextModel"], "CLIPTextModel"),
+    "model_type": _choice("model_type", "clip_text_model", "clip_text_model"),
+}
+
+# The reference's classes share these defaults; SD's own files state all of them. A file without
+# `steps_offset` or `skip_prk_steps` gets what the reference's pipeline puts there, 1 and true
+# (pipeline_stable_diffusion_inpaint.py, __init__); a value that the file states is kept.
+SCHEDULER_FIELDS = {
+    "train_steps": _count("num_train_timesteps", 1000),
+    "beta_start": _number("beta_start", 0.0001),
+    "beta_end": _number("beta_end", 0.02, limit=1),
+    "beta_schedule": _choice("beta_schedule", "linear", "linear", "scaled_linear"),
+    "prediction": _choice("prediction_type", "epsilon", "epsilon", "v_prediction"),
+    "steps_offset": _count("steps_offset", 1, least=0),
+    "spacing": _choice("timestep_spacing", None, "leading", "trailing", "linspace"),
+    "set_alpha_to_one": _flag("set_alpha_to_one", None),
+    "clip_sample": _flag("clip_sample", None),
+    "clip_sample_range": _number("clip_sample_range", 1.0),
+    "skip_prk_steps": _flag("skip_prk_steps", True),
+}
 # diffusers/schedulers/scheduling_{ddim,pndm,dpmsolver_multistep}.py, __init__
 NOISE_FIXED: Json = {"trained_betas": None, "rescale_betas_zero_snr": False}  # whatever the class
 SCHEDULER_FIXED: Json = {
-    "thresholding": False,
+    **NOISE_FIXED,
     "solver_order": 2,
     "solver_type": "midpoint",
     "algorithm_type": "dpmsolver++",
     "final_sigmas_type": "zero",
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
-    "use_flow_sigmas": False,
-    "use_dynamic_shifting": False,
-    "variance_type": None,
     "lambda_min_clipped": float("-inf"),
-}
-# Settings of features refused above, and two that a final sigma of zero decides already.
-SCHEDULER_WITHOUT_EFFECT = {
-    "dynamic_thresholding_ratio",
-    "sample_max_value",
-    "lower_order_final",
-    "euler_at_final",
-    "flow_shift",
-    "time_shift_type",
+    # settings of features that are refused, and two that a final sigma of zero decides already
+    **dict.fromkeys(("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"), ANY),
+    **dict.fromkeys(("lower_order_final", "euler_at_final"), ANY),
 }
 
 
-class _Keys:
-    """One JSON object, read key by key so that what is left unread can be refused."""
+@dataclass(frozen=True)
+class Configs:
+    """The four configurations of a checkpoint, complete and checked."""
 
-    def __init__(self, source: Json, file: str) -> None:
-        self.left = {key: value for key, value in source.items() if not key.startswith("_")}
-        self.file = file
-
-    def refuse(self, key: str, value: object, supported: str) -> CheckpointError:
-        shown = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]}..."
-        return CheckpointError(f"{self.file}: {key} {shown} is not supported ({supported})")
-
-    def take(self, key: str, default: Any, kind: type | tuple[type, ...]) -> Any:
-        value = self.left.pop(key, None)
-        value = default if value is None else value
-        if value is None:
-            raise CheckpointError(f"{self.file}: {key} is missing")
-        wanted = kind if isinstance(kind, tuple) else (kind,)
-        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in wanted):
-            raise self.refuse(key, value, "wrong type")
-        return value
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self.take(key, default, int)
-        if not 1 <= value <= LARGEST:
-            raise self.refuse(key, value, f"must be 1 to {LARGEST}")
-        return int(value)
-
-    def counts(self, key: str, levels: int | None, default: Any = None) -> tuple[int, ...]:
-        """A list of positive numbers, one a level; a single number stands for all levels."""
-        value = self.take(key, default, (int, list, tuple))
-        values = (value,) * levels if levels and isinstance(value, int) else value
-        if not isinstance(values, (list, tuple)) or not values or len(values) != (levels or len(values)):
-            raise self.refuse(key, value, f"{levels or 'some'} levels" if levels else "a list")
-        if any(not isinstance(v, int) or isinstance(v, bool) or not 1 <= v <= LARGEST for v in values):
-            raise self.refuse(key, value, "positive whole numbers")
-        return tuple(values)
-
-    def choice(self, key: str, default: str | None, supported: tuple[str, ...]) -> str:
-        value = self.take(key, default, str)
-        if value not in supported:
-            raise self.refuse(key, value, f"only {', '.join(supported)}")
-        return str(value)
-
-    def number(self, key: str, default: float) -> float:
-        value = float(self.take(key, default, (int, float)))
-        if not 0 < value < float("inf"):
-            raise self.refuse(key, value, "must be positive")
-        return value
-
-    def fixed(self, only: Json, without_effect: set[str]) -> None:
-        """Check the keys that can have one value only, and forget those without effect."""
-        for key, value in only.items():
-            found = self.left.pop(key, value)
-            # null asks for the default, and a list of the value says it once a level
-            alike = found if isinstance(found, list) and found else [found]
-            if any(entry is not None and entry != value for entry in alike):
-                raise self.refuse(key, found, f"only {value!r}")
-        for key in without_effect:
-            self.left.pop(key, None)
-
-    def nothing_else(self) -> None:
-        """Refuse keys this code does not know, unless they ask for nothing."""
-        for key, value in self.left.items():
-            if value is not None and value is not False:
-                raise self.refuse(key, value, "a key this version does not know")
+    unet: UNetConfig
+    vae: VAEConfig
+    text: TextConfig
+    scheduler: SchedulerConfig
 
 
-def read_json(path: Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file; CheckpointError if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{name} is missing in {path.parent}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a readable JSON file ({error})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return content
+def parse_configs(unet: Json, vae: Json, text: Json, scheduler: Json) -> Configs:
+    """The configurations from the reference's JSON; CheckpointError names a key that is not supported."""
+    return Configs(unet_config(unet), vae_config(vae), text_config(text), scheduler_config(scheduler))
 
 
-def unet_config(source: Json, file: str = "unet/config.json") -> UNetConfig:
+def read_configs(folder: Path) -> Configs:
+    """The configurations of a folder in diffusers layout; CheckpointError names what is wrong with one."""
+    return parse_configs(*(read_json(folder / file, file) for file in FILES))
+
+
+def unet_config(source: Json) -> UNetConfig:
     """UNetConfig from the reference's JSON; CheckpointError names a key that is not supported."""
-    keys = _Keys(source, file)
-    channels = keys.counts("block_out_channels", None)
+    values = _read(UNET, source, UNET_FIELDS)
+    channels, heads, groups = values["channels"], values["heads"], values["norm_groups"]
     levels = len(channels)
-    attention = {}
-    for key, kind in (("down_block_types", "Down"), ("up_block_types", "Up")):
-        types = keys.take(key, None, (list, tuple))
-        supported = (f"CrossAttn{kind}Block2D", f"{kind}Block2D")
-        if len(types) != levels or any(name not in supported for name in types):
-            raise keys.refuse(key, types, f"{levels} levels of {' or '.join(supported)}")
-        attention[kind] = tuple(name in ATTENTION_BLOCKS for name in types)
-    in_channels = keys.count("in_channels", 4)
-    if in_channels not in (4, 9):
-        raise keys.refuse("in_channels", in_channels, "only 4 and 9")
-    config = UNetConfig(
-        in_channels=in_channels,
-        channels=channels,
-        layers=keys.count("layers_per_block", 2),
-        down_attention=attention["Down"],
-        up_attention=attention["Up"],
-        # The reference's name is historical: the number is how many heads there are.
-        heads=keys.counts("attention_head_dim", levels, 8),
-        context_dim=keys.count("cross_attention_dim", 1280),
-        linear_projection=keys.take("use_linear_projection", False, bool),
-        norm_groups=keys.count("norm_num_groups", 32),
-        sample_size=keys.count("sample_size", 64),
-    )
-    for level, (width, heads) in enumerate(zip(channels, config.heads, strict=True)):
-        attends = config.down_attention[level] or config.up_attention[levels - 1 - level]
-        if width % heads and (attends or level == levels - 1):
-            raise keys.refuse("attention_head_dim", heads, f"must divide {width} channels")
-        if width % config.norm_groups:
-            raise keys.refuse("norm_num_groups", config.norm_groups, f"must divide {width} channels")
-    if config.channels[0] % 2:
-        raise keys.refuse("block_out_channels", channels, "the first must be even")
-    keys.fixed(UNET_FIXED, UNET_WITHOUT_EFFECT)
-    keys.nothing_else()
-    return config
+    for field in ("down_attention", "up_attention"):
+        _check(len(values[field]) == levels, UNET, UNET_FIELDS[field][0], values[field], f"must have {levels} levels")
+        values[field] = tuple(name.startswith("CrossAttn") for name in values[field])
+    values["heads"] = heads = (heads,) * levels if isinstance(heads, int) else heads
+    _check(len(heads) == levels, UNET, "attention_head_dim", heads, f"must have {levels} levels")
+    for level, (width, number) in enumerate(zip(channels, heads, strict=True)):
+        attends = values["down_attention"][level] or values["up_attention"][-1 - level] or level == levels - 1
+        fits = not attends or width % number == 0
+        _check(fits, UNET, "attention_head_dim", number, f"must divide {width} channels")
+        _check(width % groups == 0, UNET, "norm_num_groups", groups, f"must divide {width} channels")
+    _check(channels[0] % 2 == 0, UNET, "block_out_channels", channels, "the first must be even")
+    _check_fixed(UNET, source, UNET_FIXED, UNET_FIELDS)
+    return UNetConfig(**values)
 
 
-def vae_config(source: Json, file: str = "vae/config.json") -> VAEConfig:
+def vae_config(source: Json) -> VAEConfig:
     """VAEConfig from the reference's JSON; CheckpointError names a key that is not supported."""
-    keys = _Keys(source, file)
-    channels = keys.counts("block_out_channels", None)
-    for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        types = keys.take(key, None, (list, tuple))
-        if list(types) != [kind] * len(channels):
-            raise keys.refuse(key, types, f"{len(channels)} levels of {kind}")
-    config = VAEConfig(
-        channels=channels,
-        layers=keys.count("layers_per_block", 1),
-        norm_groups=keys.count("norm_num_groups", 32),
-        scaling_factor=keys.number("scaling_factor", 0.18215),
-    )
+    values = _read(VAE, source, VAE_FIELDS)
+    channels, groups = values["channels"], values["norm_groups"]
+    for way in ("down", "up"):
+        types = values.pop(way)
+        _check(len(types) == len(channels), VAE, VAE_FIELDS[way][0], types, f"must have {len(channels)} levels")
     for width in channels:
-        if width % config.norm_groups:
-            raise keys.refuse("norm_num_groups", config.norm_groups, f"must divide {width} channels")
-    keys.fixed(VAE_FIXED, VAE_WITHOUT_EFFECT)
-    keys.nothing_else()
-    return config
+        _check(width % groups == 0, VAE, "norm_num_groups", groups, f"must divide {width} channels")
+    _check_fixed(VAE, source, VAE_FIXED, VAE_FIELDS)
+    return VAEConfig(**values)
 
 
-def text_config(source: Json, file: str = "text_encoder/config.json") -> dict[str, Any]:
-    """The settings of transformers' CLIPTextModel; CheckpointError names a key that is not supported.
+def text_config(source: Json) -> TextConfig:
+    """TextConfig from transformers' JSON; CheckpointError names a key that is not supported.
 
     The other keys of the file concern training and other models (transformers/models/clip).
     """
-    keys = _Keys(source, file)
-    kinds = keys.take("architectures", ["CLIPTextModel"], list) or ["CLIPTextModel"]
-    if "CLIPTextModel" not in kinds:
-        raise keys.refuse("architectures", kinds, "only CLIPTextModel")
-    keys.choice("model_type", "clip_text_model", ("clip_text_model",))
-    config = {
-        "hidden_act": keys.choice("hidden_act", "quick_gelu", ("quick_gelu", "gelu")),
-        "hidden_size": keys.count("hidden_size", 512),
-        "intermediate_size": keys.count("intermediate_size", 2048),
-        "layer_norm_eps": keys.number("layer_norm_eps", 1e-5),
-        "max_position_embeddings": keys.count("max_position_embeddings", 77),
-        "num_attention_heads": keys.count("num_attention_heads", 8),
-        "num_hidden_layers": keys.count("num_hidden_layers", 12),
-        "vocab_size": keys.count("vocab_size", 49408),
-        "use_attention_mask": keys.take("use_attention_mask", False, bool),
-    }
-    if config["hidden_size"] % config["num_attention_heads"]:
-        raise keys.refuse("num_attention_heads", config["num_attention_heads"], "must divide hidden_size")
+    _read(TEXT, source, TEXT_KIND)
+    config = TextConfig(**_read(TEXT, source, TEXT_FIELDS))
+    heads = config.num_attention_heads
+    _check(config.hidden_size % heads == 0, TEXT, "num_attention_heads", heads, "must divide hidden_size")
     return config
 
 
-def scheduler_config(source: Json, file: str = "scheduler/scheduler_config.json") -> SchedulerConfig:
-    """SchedulerConfig from the reference's JSON; CheckpointError names an unsupported key.
-
-    A file without `steps_offset` or `skip_prk_steps` gets what the reference's pipeline puts
-    there, 1 and true (pipeline_stable_diffusion_inpaint.py, __init__); a value that the file
-    states is kept.
-    """
-    keys = _Keys(source, file)
+def scheduler_config(source: Json) -> SchedulerConfig:
+    """SchedulerConfig from the reference's JSON; CheckpointError names a key that is not supported."""
     class_name = source.get("_class_name")
     if not isinstance(class_name, str):
-        raise CheckpointError(f"{file}: _class_name is missing")
-    # The reference's classes share these defaults; SD's own files state all of them.
-    config = SchedulerConfig(
-        class_name=class_name,
-        train_steps=keys.count("num_train_timesteps", 1000),
-        beta_start=keys.number("beta_start", 0.0001),
-        beta_end=keys.number("beta_end", 0.02),
-        beta_schedule=keys.choice("beta_schedule", "linear", ("linear", "scaled_linear")),
-        prediction=keys.choice("prediction_type", "epsilon", ("epsilon", "v_prediction")),
-        steps_offset=keys.take("steps_offset", 1, int),
-        spacing=_optional(keys, "timestep_spacing", str),
-        set_alpha_to_one=_optional(keys, "set_alpha_to_one", bool),
-        clip_sample=_optional(keys, "clip_sample", bool),
-        clip_sample_range=keys.number("clip_sample_range", 1.0),
-        skip_prk_steps=keys.take("skip_prk_steps", True, bool),
-    )
-    if config.spacing not in (None, "leading", "trailing", "linspace"):
-        raise keys.refuse("timestep_spacing", config.spacing, "only leading, trailing, linspace")
-    if config.steps_offset < 0:
-        raise keys.refuse("steps_offset", config.steps_offset, "must not be negative")
-    if config.beta_end >= 1:
-        raise keys.refuse("beta_end", config.beta_end, "must be under 1")
-    keys.fixed(NOISE_FIXED, set())
-    if class_name in SAMPLER_OF_CLASS:  # keys of other classes concern samplers that are not here
-        keys.fixed(SCHEDULER_FIXED, SCHEDULER_WITHOUT_EFFECT)
-        keys.nothing_else()
+        raise CheckpointError(f"{SCHEDULER}: _class_name is missing")
+    config = SchedulerConfig(class_name=class_name, **_read(SCHEDULER, source, SCHEDULER_FIELDS))
+    if class_name in SAMPLER_OF_CLASS:
+        _check_fixed(SCHEDULER, source, SCHEDULER_FIXED, SCHEDULER_FIELDS)
+    else:  # its other keys concern a sampler that is not here
+        _check_fixed(SCHEDULER, source, NOISE_FIXED, None)
     return config
 
 
-def _optional(keys: _Keys, key: str, kind: type) -> Any:
-    return keys.take(key, None, kind) if keys.left.get(key) is not None else None
+def _read(file: str, source: Json, rows: Mapping[str, Row]) -> dict[str, Any]:
+    """The value of each field, lists as tuples; CheckpointError names a missing key or an unsupported value."""
+    values = {}
+    for field, (key, default, check, wanted) in rows.items():
+        value = default if source.get(key) is None else source[key]
+        if value is REQUIRED:
+            raise CheckpointError(f"{file}: {key} is missing")
+        _check(value is None or check(value), file, key, value, wanted)
+        values[field] = tuple(value) if isinstance(value, list) else value
+    return values
+
+
+def _check_fixed(file: str, source: Json, fixed: Json, rows: Mapping[str, Row] | None) -> None:
+    """Refuse another value of a key that can have one value only.
+
+    rows: the keys that are read; if given, a key that is neither there nor fixed is refused too,
+    unless it asks for nothing.
+    """
+    known = None if rows is None else {key for key, *_ in rows.values()}
+    for key, found in source.items():
+        if key in fixed:
+            value = fixed[key]
+            # null asks for the default, and a list of the value says it once a level
+            entries = found if isinstance(found, list) and found else [found]
+            alike = value is ANY or all(entry is None or entry == value for entry in entries)
+            _check(alike, file, key, found, f"only {value!r}")
+        elif known is not None and key not in known and not key.startswith("_"):
+            _check(found is None or found is False, file, key, found, "a setting this version does not know")
+
+
+def _check(supported: bool, file: str, key: str, value: object, wanted: str) -> None:
+    if not supported:
+        shown = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]}..."
+        raise CheckpointError(f"{file}: {key} {shown} is not supported ({wanted})")

@@ -11,23 +11,16 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from minpaint.checkpoint.configs import FILES as CONFIGS
+from minpaint.checkpoint.tensorfile import read_index
+from minpaint.checkpoint.tokenizer import TOKENIZER_FILES, VOCABULARY, is_tokenizer
 from minpaint.errors import CheckpointError
-from minpaint.models.text import TOKENIZER_FILES
 
-COMPONENTS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
-CONFIGS = (
-    "unet/config.json",
-    "vae/config.json",
-    "text_encoder/config.json",
-    "scheduler/scheduler_config.json",
-)
+COMPONENTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 PACKAGE = Path(__file__).parent.parent
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # SD 1.x and 2.x share its vocabulary
 
@@ -72,22 +65,20 @@ def choose_weights(names: Collection[str], component: str, half: bool) -> str | 
 def fetch(repository: str, revision: str | None, half: bool, known: Known | None = None) -> Path:
     """The folder in the cache that holds what a run needs of a repository; downloads the rest.
 
-    A pinned commit that was fetched before is used without asking the hub, and whatever is
-    complete in the cache where the hub does not answer. Files of the catalogue are compared with
-    their published SHA-256.
+    A pinned commit that was fetched before is used without asking the hub, and a complete cache
+    where the hub does not answer. Files of the catalogue are compared with their published SHA-256.
 
     Raises:
         CheckpointError: no such repository or revision, no Stable Diffusion in it, no network
             and nothing cached, or a file that differs from the published one.
     """
-    pinned = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
-    folder = _cached(repository, CONFIGS[0], revision)
-    if not (pinned and folder and _complete(folder, half) and _choice(folder, file_names(folder), half).exists()):
-        folder = _download(repository, revision, half, folder)
-    if known is not None:
-        for name, digest in known.sha256.items():
-            if (folder / name).is_file():
-                verify(folder / name, digest)
+    folder = None
+    if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        folder = _cached(repository, revision, _recall(_note("files", repository, revision, half)))
+    folder = folder or _download(repository, revision, half)
+    for name, digest in known.sha256.items() if known else ():
+        if (folder / name).is_file():
+            verify(folder / name, digest)
     return folder
 
 
@@ -98,25 +89,20 @@ def fetch_configs(repository: str, revision: str | None) -> Path:
 
 def fetch_tokenizer() -> Path:
     """The folder with CLIP's vocabulary, from the cache or the hub."""
-    names = ["vocab.json", "merges.txt"]
-    folder = _cached(CLIP_TOKENIZER, names[0], None)
-    if folder and all((folder / name).is_file() for name in names):
-        return folder
     try:
-        return _get(CLIP_TOKENIZER, "main", names)
+        return _cached(CLIP_TOKENIZER, None, VOCABULARY) or _get(CLIP_TOKENIZER, "main", VOCABULARY)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}, or put {' and '.join(names)} beside the weights") from None
+        raise CheckpointError(f"{error}, or put {' and '.join(VOCABULARY)} beside the weights") from None
 
 
 def verify(path: Path, digest: str) -> None:
-    """Compare a file with a known SHA-256, once: success is remembered beside the hub's cache.
+    """Compare a file with a known SHA-256, once: a note remembers success while the file stays the same.
 
     CheckpointError if it differs.
     """
     state = path.stat()
-    mark = {"path": str(path.resolve()), "size": state.st_size, "time": state.st_mtime_ns, "sha256": digest}
-    receipt = _receipt(mark)
-    if receipt.exists():
+    note = _note("verified", str(path.resolve()), state.st_size, state.st_mtime_ns, digest)
+    if _recall(note):
         return
     found = sha256(path)
     if found != digest:
@@ -124,7 +110,7 @@ def verify(path: Path, digest: str) -> None:
             f"{path}: differs from the published file (SHA-256 {found[:12]}..., expected "
             f"{digest[:12]}...); delete {path.resolve()} and fetch it again"
         )
-    _remember(receipt)
+    _remember(note, [found])
 
 
 def sha256(path: Path) -> str:
@@ -145,109 +131,98 @@ def fingerprint(files: Iterable[Path]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _receipt(mark: Mapping[str, object]) -> Path:
-    """The empty file that says, if it exists, that what `mark` describes was found true."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "minpaint" / "verified" / hashlib.sha256(json.dumps(mark).encode()).hexdigest()
-
-
-def _choice(folder: Path, names: Collection[str], half: bool) -> Path:
-    """The receipt for the weights chosen among `names` being those chosen among all the repository's."""
-    chosen = [choose_weights(names, component, half) for component in COMPONENTS]
-    return _receipt({"path": str(folder.resolve()), "half": half, "weights": chosen})
-
-
-def _remember(receipt: Path) -> None:
-    try:
-        receipt.parent.mkdir(parents=True, exist_ok=True)
-        receipt.touch()
-    except OSError:
-        pass  # a read-only home: found out again next time
-
-
 def file_names(folder: Path) -> set[str]:
     """The files in a folder and in its folders, as names with slashes."""
     inside = [*folder.glob("*"), *folder.glob("*/*")]
     return {path.relative_to(folder).as_posix() for path in inside if path.is_file()}
 
 
-def _complete(folder: Path, half: bool) -> bool:
-    names = file_names(folder)
-    chosen = [choose_weights(names, component, half) for component in COMPONENTS]
-    if None in chosen or not set(CONFIGS) <= names or not _has_tokenizer(names):
-        return False
-    shards = [f"{Path(index).parent}/{name}" for index in chosen if index for name in _shards(folder / index)]
-    return set(shards) <= names
+def _note(*subject: object) -> Path:
+    """The file in which the program remembers what it found out about `subject`."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "minpaint" / "notes" / hashlib.sha256(json.dumps(subject).encode()).hexdigest()
 
 
-def _has_tokenizer(names: Collection[str]) -> bool:
-    """Whether text.load_tokenizer finds what it needs."""
-    return {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(names) or "tokenizer/tokenizer.json" in names
+def _remember(note: Path, found: list[str]) -> None:
+    with suppress(OSError):  # a home that cannot be written: it is found out again next time
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(found), encoding="utf-8")
 
 
-def _shards(path: Path) -> list[str]:
-    """The files an index names; none for a file that is no index."""
-    if path.suffix != ".json":
-        return []
+def _recall(note: Path) -> list[str]:
+    """What a note says; nothing if there is none, or it was not written to its end."""
     try:
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        foreign = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path}: not a readable index of weight files") from None
-    if foreign:
-        raise CheckpointError(f"{path}: {foreign[0]!r} is not a safetensors file beside it")
-    return names
+        return list(json.loads(note.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return []
 
 
-def _cached(repository: str, name: str, revision: str | None) -> Path | None:
-    """The folder in the cache that holds a file of a repository, complete or not."""
+def _needed(names: Collection[str], half: bool) -> tuple[list[str], list[str]]:
+    """The files that a run needs among a repository's names, without shards; and what is missing there."""
+    weights = {component: choose_weights(names, component, half) for component in COMPONENTS}
+    missing = [name for name in CONFIGS if name not in names]
+    missing += [f"{component}/*.safetensors" for component, name in weights.items() if name is None]
+    if not is_tokenizer([name.removeprefix("tokenizer/") for name in names if name.startswith("tokenizer/")]):
+        missing.append("tokenizer/vocab.json")
+    needed = [name for name in (*CONFIGS, *(f"tokenizer/{name}" for name in TOKENIZER_FILES)) if name in names]
+    return needed + [name for name in weights.values() if name], missing
+
+
+def _shards(folder: Path, names: Iterable[str]) -> list[str]:
+    """The files that the indices among `names` list, as names in the repository."""
+    indices = [name for name in names if ".safetensors." in name and name.endswith(".json")]
+    return [f"{Path(index).parent}/{shard}" for index in indices for shard in sorted(read_index(folder / index))]
+
+
+def _cached(repository: str, revision: str | None, names: Sequence[str]) -> Path | None:
+    """The folder in the hub's cache that holds these files of a repository; None if there is none."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        path = try_to_load_from_cache(repository, name, revision=revision)
+        paths = [try_to_load_from_cache(repository, name, revision=revision) for name in names]
     except ValueError:  # not even the name of a repository
         return None
-    return Path(path).parents[name.count("/")] if isinstance(path, str) else None
+    complete = [Path(path) for path in paths if isinstance(path, str)]
+    return complete[0].parents[names[0].count("/")] if names and len(complete) == len(names) else None
 
 
-def _download(repository: str, revision: str | None, half: bool, cached: Path | None) -> Path:
+def _download(repository: str, revision: str | None, half: bool) -> Path:
     from huggingface_hub import HfApi
 
     place = f"{repository}{f'@{revision}' if revision else ''}"
     try:
         info = HfApi().model_info(repository, revision=revision)
     except Exception as error:  # a refusal, or one of the ways a network can fail
-        if cached and _complete(cached, half):
-            return cached
+        if folder := _cached(repository, revision, CONFIGS):
+            needed, missing = _needed(file_names(folder), half)
+            if not missing and _cached(repository, revision, needed + _shards(folder, needed)):
+                return folder
         trouble = (
             f"not complete in the cache, and the hub cannot be reached "
             f"({type(error).__name__}: {error}); go online once, or give a folder"
         )
         raise CheckpointError(f"{place}: {_refusal(error) or trouble}") from None
-    names = {file.rfilename for file in info.siblings or []}
-    weights = {component: choose_weights(names, component, half) for component in COMPONENTS}
-    missing = [name for name in CONFIGS if name not in names]
-    missing += [f"{component}/*.safetensors" for component, name in weights.items() if name is None]
-    missing += [] if _has_tokenizer(names) else ["tokenizer/vocab.json"]
+    needed, missing = _needed({file.rfilename for file in info.siblings or []}, half)
     if missing:
         raise CheckpointError(
             f"{place}: no Stable Diffusion checkpoint in diffusers layout with safetensors weights, the only kind "
             f"that is opened (missing: {', '.join(missing)})"
         )
-    wanted = [name for name in (*CONFIGS, *(f"tokenizer/{n}" for n in TOKENIZER_FILES)) if name in names]
-    chosen = [name for name in weights.values() if name]
     commit = info.sha or revision or "main"
-    folder = _get(repository, commit, wanted + chosen)
-    shards = [f"{Path(index).parent}/{name}" for index in chosen for name in _shards(folder / index)]
-    if shards:
+    folder = _get(repository, commit, needed)
+    if shards := _shards(folder, needed):
         _get(repository, commit, shards)
-    _get(repository, revision or "main", wanted[:1])  # now the cache knows offline which commit a branch is
-    _remember(_choice(folder, names, half))
+    _get(repository, revision or "main", needed[:1])  # the cache then knows offline which commit a branch is
+    _remember(_note("files", repository, commit, half), needed + shards)
     return folder
 
 
 def _get(repository: str, revision: str, names: Sequence[str]) -> Path:
-    """Download files of a repository into the cache; the folder they are in."""
+    """Download files of a repository into the cache; the folder they are in.
+
+    They are fetched one by one, so that an error names its file. A commit's file that is in the
+    cache already is not asked for again.
+    """
     from huggingface_hub import hf_hub_download
 
     for name in names:

@@ -1,25 +1,25 @@
 """Checkpoints to models: a catalogue name, a hub id, a folder in diffusers layout or one file.
 
-Three steps: `find` reads configurations and headers only; `match` makes the models on the meta
-device and settles which tensor goes where, both ways; `build` readies them for their weights.
+`describe` finds a checkpoint, reads its configurations and the headers of its files, makes the
+models without weights and says where each of their tensors is stored. `build` makes these models
+ready for an engine that loads the weights when they are needed.
 """
 
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minpaint.checkpoint import hub
-from minpaint.checkpoint import single_file as ldm
 from minpaint.checkpoint.architecture import Architecture, blank_models, split_vae
-from minpaint.checkpoint.configs import Json, read_json, scheduler_config, text_config, unet_config, vae_config
+from minpaint.checkpoint.configs import Configs, read_configs
+from minpaint.checkpoint.single_file import open_single_file
 from minpaint.checkpoint.tensorfile import (
     FLOATS,
     Directory,
@@ -27,12 +27,10 @@ from minpaint.checkpoint.tensorfile import (
     assign,
     read_directory,
     read_shards,
-    refuse_disguise,
     some,
 )
-from minpaint.errors import CheckpointError, InputError, MinpaintWarning, ModelNotFoundError
-from minpaint.models.config import UNetConfig, VAEConfig
-from minpaint.models.text import load_tokenizer
+from minpaint.checkpoint.tokenizer import load_tokenizer
+from minpaint.errors import CheckpointError, InputError, ModelNotFoundError
 from minpaint.models.unet import UNet
 from minpaint.models.vae import VAE
 from minpaint.schedule import SchedulerConfig
@@ -46,18 +44,11 @@ OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn
 
 
 @dataclass(frozen=True)
-class Found:
-    """What there is of a checkpoint: configurations, and headers by model."""
-
-    name: str
-    configs: _Configs
-    parts: dict[str, Directory]
-    tokenizer: Callable[[], Any]
-
-
-@dataclass(frozen=True)
 class Description:
-    """Everything about a checkpoint but its weights; the models are those it was held against."""
+    """Everything about a checkpoint but its weights.
+
+    models: "unet", "vae" and "text_encoder" on the meta device. tokenizer: loads it when called.
+    """
 
     architecture: Architecture
     models: dict[str, Any]
@@ -67,7 +58,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The models, on the meta device until their weights are brought in (residency.Part)."""
+    """The models of a checkpoint, on the meta device until an engine loads their weights."""
 
     architecture: Architecture
     scheduler_config: SchedulerConfig
@@ -84,49 +75,54 @@ class Checkpoint:
 
 
 def describe(model: str | Path, half: bool = False, config: str | Path | None = None) -> Description:
-    """`find` and `match`."""
-    return match(find(model, half, config))
+    """Find a checkpoint, read its configurations and headers, and say where each tensor is stored.
 
-
-def find(model: str | Path, half: bool = False, config: str | Path | None = None) -> Found:
-    """Find a checkpoint and read its configurations and headers.
-
-    `half`: prefer a file in half precision where there are both.
+    half: prefer a file in half precision where there are both. config: a folder in diffusers
+    layout that describes a model in a single file.
 
     Raises:
         InputError: an unknown model. CheckpointError: anything wrong with what was found.
     """
     if not isinstance(model, (str, Path)) or not str(model):
         raise InputError(f"model {model!r} is not a name, a hub id, a folder or a file")
-    path = _expand(model)
+    name = str(model)
+    path = hub.weights_folder() / TINY if name == TINY else _expand(model)
     if config is not None and not path.is_file():
         raise InputError(f"config {config}: describes a model in a single file, and {model} is none; leave it out")
-    if place := _place_in_hub(str(model)):
+    if place := _place_in_hub(name):
         repository, revision, known = place
-        return _find_folder(hub.fetch(repository, revision, half, known), str(model), half)
-    if str(model) == TINY:
-        return _find_folder(hub.weights_folder() / TINY, TINY, half)
+        return _describe_folder(hub.fetch(repository, revision, half, known), name, half)
     if path.is_dir():
-        return _find_folder(path, str(model), half)
+        return _describe_folder(path, name, half)
     if path.exists():
-        return _find_file(path, str(model), config)
+        return _describe_file(path, name, config)
     raise ModelNotFoundError(
-        f"model {str(model)!r} is unknown: no such file or folder; "
+        f"model {name!r} is unknown: no such file or folder; "
         f"use {', '.join((TINY, *hub.catalogue()))}, owner/name of the hub, a folder or a .safetensors file"
     )
 
 
 def outline(model: str | Path, half: bool = False, config: str | Path | None = None) -> Architecture:
-    """What `describe` says of memory; of a repository of the hub only the configurations are fetched."""
+    """The architecture that `describe` finds; of a repository of the hub only the configurations are fetched."""
     place = _place_in_hub(str(model)) if config is None else None
     if place is None:
         return describe(model, half, config).architecture
-    configs = _read_configs(hub.fetch_configs(*place[:2]))
+    configs = read_configs(hub.fetch_configs(*place[:2]))
     kind, directories = "F16" if half else "F32", {}
     for component, blank in blank_models(configs.unet, configs.vae, configs.text).items():
         shapes = {name: tuple(parameter.shape) for name, parameter in blank.named_parameters()}
         directories[component] = {name: Stored(Path(), name, shape, kind, 0, 0) for name, shape in shapes.items()}
     return Architecture(str(model), configs.unet, configs.vae, configs.text, split_vae(directories))
+
+
+def build(description: Description, device: torch.device) -> Checkpoint:
+    """The checkpoint of a description, still without weights; what is computed instead of stored is on `device`."""
+    text_encoder = description.models["text_encoder"]
+    for name, buffer in list(text_encoder.named_buffers()):
+        if _is_positions(name):
+            assign(text_encoder, name, torch.arange(buffer.shape[-1], device=device)[None])
+    tokenizer = description.tokenizer()
+    return Checkpoint(description.architecture, description.scheduler_config, **description.models, tokenizer=tokenizer)
 
 
 def _place_in_hub(model: str) -> tuple[str, str | None, hub.Known | None] | None:
@@ -139,16 +135,6 @@ def _place_in_hub(model: str) -> tuple[str, str | None, hub.Known | None] | None
     return match["repository"], match["revision"], None
 
 
-def build(description: Description, device: torch.device) -> Checkpoint:
-    """The one checkpoint of a description, without weights."""
-    text_encoder = description.models["text_encoder"]
-    for name, buffer in list(text_encoder.named_buffers()):
-        if _is_counter(name):  # 0, 1, 2, ...: computed, not learned
-            assign(text_encoder, name, torch.arange(buffer.shape[-1], device=device)[None])
-    tokenizer = description.tokenizer()
-    return Checkpoint(description.architecture, description.scheduler_config, **description.models, tokenizer=tokenizer)
-
-
 def _expand(path: str | Path) -> Path:
     """A path with ~ expanded; InputError where the system cannot take it."""
     try:
@@ -159,68 +145,28 @@ def _expand(path: str | Path) -> Path:
     return expanded
 
 
-def _find_folder(folder: Path, name: str, half: bool) -> Found:
-    configs = _read_configs(folder)
-    names = hub.file_names(folder)
+def _describe_folder(folder: Path, name: str, half: bool) -> Description:
+    configs, names = read_configs(folder), hub.file_names(folder)
     parts = {component: _open_component(folder, component, names, half) for component in hub.COMPONENTS}
-    tokenizer = folder / "tokenizer"
-    return Found(name, configs, parts, lambda: load_tokenizer(tokenizer))
+    return _match(name, configs, parts, lambda: load_tokenizer(folder / "tokenizer"))
 
 
-def _find_file(path: Path, name: str, config: str | Path | None) -> Found:
-    if path.suffix != ".safetensors":
-        refuse_disguise(path)
-        raise CheckpointError(f"{path}: not a .safetensors file, the only kind of weights that is opened")
-    directory = read_directory(path)
-    if not ldm.is_single_file(directory):
-        raise CheckpointError(
-            f"{path}: not a whole checkpoint in latent diffusion's names (no {ldm.UNET}*); "
-            f"for a part of one in diffusers layout give the folder"
-        )
-    places = [path.parent / "tokenizer", path.parent]
-    if config is not None:
-        folder = _expand(config)
-        if not folder.is_dir():
-            raise InputError(f"config {folder}: no such folder")
-        configs = _read_configs(folder)
-        places.insert(0, folder / "tokenizer")
-    else:
-        told = ldm.tell_configuration(directory, path)
-        if not told.sure_of_prediction:
-            warnings.warn(
-                f"{path.name}: nothing in the file tells epsilon from v-prediction; epsilon is assumed "
-                f"(a 768-v model needs --config)",
-                MinpaintWarning,
-                stacklevel=2,
-            )
-        configs = _parse_configs(told.unet, told.vae, told.text_encoder, told.scheduler)
-    parts = ldm.split(directory, configs.unet, configs.vae, configs.text["num_hidden_layers"], path)
-    pad = "!" if parts.open_clip else None  # OpenCLIP pads with zeros, and 0 is "!"
+def _describe_file(path: Path, name: str, config: str | Path | None) -> Description:
+    folder = None if config is None else _expand(config)
+    if folder and not folder.is_dir():
+        raise InputError(f"config {folder}: no such folder")
+    configs, parts, open_clip = open_single_file(path, read_configs(folder) if folder else None)
 
     def tokenizer() -> Any:
-        found = [
-            place for place in places if any((place / name).is_file() for name in ("vocab.json", "tokenizer.json"))
-        ]
-        return load_tokenizer(found[0] if found else hub.fetch_tokenizer(), pad)
+        places = [path.parent / "tokenizer", path.parent]
+        for place in [folder / "tokenizer", *places] if folder else places:
+            if (place / "vocab.json").is_file() or (place / "tokenizer.json").is_file():
+                break
+        else:
+            place = hub.fetch_tokenizer()
+        return load_tokenizer(place, "!" if open_clip else None)  # OpenCLIP pads with zeros, and 0 is "!"
 
-    directories = {"unet": parts.unet, "vae": parts.vae, "text_encoder": parts.text_encoder}
-    return Found(name, configs, directories, tokenizer)
-
-
-@dataclass(frozen=True)
-class _Configs:
-    unet: UNetConfig
-    vae: VAEConfig
-    text: Json  # complete and checked
-    scheduler: SchedulerConfig
-
-
-def _read_configs(folder: Path) -> _Configs:
-    return _parse_configs(*(read_json(folder / file, file) for file in hub.CONFIGS))
-
-
-def _parse_configs(unet: Json, vae: Json, text: Json, scheduler: Json) -> _Configs:
-    return _Configs(unet_config(unet), vae_config(vae), text_config(text), scheduler_config(scheduler))
+    return _match(name, configs, parts, tokenizer)
 
 
 def _open_component(folder: Path, component: str, names: set[str], half: bool) -> Directory:
@@ -232,71 +178,64 @@ def _open_component(folder: Path, component: str, names: set[str], half: bool) -
         there = f"only pickles, which are never opened: {', '.join(pickles)}" if pickles else "none found"
         raise CheckpointError(f"{folder / component}: safetensors weights are missing ({there})")
     path = folder / name
-    return read_shards(path, read_json(path, name)) if path.suffix == ".json" else read_directory(path)
+    return read_shards(path) if path.suffix == ".json" else read_directory(path)
 
 
-def match(found: Found) -> Description:
-    """Rename what needs it and hold every tensor against the models, both ways; CheckpointError if one does not fit."""
-    configs = found.configs
+def _match(name: str, configs: Configs, parts: Mapping[str, Directory], tokenizer: Callable[[], Any]) -> Description:
+    """The description, if the stored tensors are exactly those of the models; CheckpointError says what differs."""
     models = blank_models(configs.unet, configs.vae, configs.text)
-    if configs.unet.context_dim != configs.text["hidden_size"]:
+    if configs.unet.context_dim != configs.text.hidden_size:
         raise CheckpointError(
             f"unet/config.json: cross_attention_dim {configs.unet.context_dim} does not fit the text encoder's "
-            f"hidden_size {configs.text['hidden_size']}"
+            f"hidden_size {configs.text.hidden_size}"
         )
-    renames: dict[str, Callable[[str], str]] = {"unet": str, "vae": _new_vae_name, "text_encoder": _plain_text_name}
-    matched = {}
-    for component, model in models.items():
-        rename = renames[component]
-        stored: dict[str, Stored] = {}
-        for key, entry in found.parts[component].items():
-            if rename(key) in stored:
-                raise CheckpointError(f"{component} ({entry.file.name}): {rename(key)} is stored under two names")
-            if not _is_counter(key):
-                stored[rename(key)] = entry
-        wanted = {rename(key): key for key in model.state_dict() if not _is_counter(key)}
-        matched[component] = _hold_against(component, stored, wanted, model.state_dict())
-    architecture = Architecture(found.name, configs.unet, configs.vae, configs.text, split_vae(matched))
-    return Description(architecture, models, configs.scheduler, found.tokenizer)
+    matched = {component: _match_component(component, parts[component], model) for component, model in models.items()}
+    architecture = Architecture(name, configs.unet, configs.vae, configs.text, split_vae(matched))
+    return Description(architecture, models, configs.scheduler, tokenizer)
 
 
-def _hold_against(
-    component: str, stored: Directory, wanted: dict[str, str], shapes: dict[str, Tensor]
-) -> dict[str, Stored]:
-    """Stored tensors by the model's names; CheckpointError lists all that do not fit."""
-    file = next(iter(stored.values())).file.name if stored else "weights"
-    faults = []
-    if missing := [key for key in wanted if key not in stored]:
-        faults.append(f"missing: {some(missing)}")
-    if surplus := [key for key in stored if key not in wanted]:
-        faults.append(f"surplus: {some(surplus)}")
-    misshapen = [
-        f"{key} {list(stored[key].shape)} instead of {list(shapes[name].shape)}"
-        for key, name in wanted.items()
-        if key in stored and stored[key].shape != tuple(shapes[name].shape)
-    ]
-    if misshapen:
-        faults.append(f"misshapen: {some(misshapen)}")
-    if other := [f"{key} {stored[key].kind}" for key in wanted if key in stored and stored[key].kind not in FLOATS]:
-        faults.append(f"not of a floating-point kind: {some(other)}")
-    if faults:
-        raise CheckpointError(f"{component} ({file}): tensors do not fit the configuration; {'; '.join(faults)}")
-    return {name: stored[key] for key, name in wanted.items()}
+def _match_component(component: str, directory: Directory, model: nn.Module) -> dict[str, Stored]:
+    """Where each tensor of a model is stored, by the model's own names."""
+    stored: dict[str, Stored] = {}
+    for key, entry in directory.items():
+        name = _common_name(component, key)
+        if name in stored:
+            raise CheckpointError(f"{component} ({entry.file.name}): {name} is stored under two names")
+        if not _is_positions(key):
+            stored[name] = entry
+    wanted = {_common_name(component, key): key for key in model.state_dict() if not _is_positions(key)}
+    shapes = {name: tuple(model.state_dict()[key].shape) for name, key in wanted.items()}
+    there = [name for name in wanted if name in stored]
+    faults = {
+        "missing": [name for name in wanted if name not in stored],
+        "surplus": [name for name in stored if name not in wanted],
+        "misshapen": [
+            f"{name} {list(stored[name].shape)} instead of {list(shapes[name])}"
+            for name in there
+            if stored[name].shape != shapes[name]
+        ],
+        "not of a floating-point kind": [f"{n} {stored[n].kind}" for n in there if stored[n].kind not in FLOATS],
+    }
+    if told := [f"{fault}: {some(names)}" for fault, names in faults.items() if names]:
+        file = next(iter(stored.values())).file.name if stored else "weights"
+        raise CheckpointError(f"{component} ({file}): tensors do not fit the configuration; {'; '.join(told)}")
+    return {key: stored[name] for name, key in wanted.items()}
 
 
-def _is_counter(key: str) -> bool:
-    """Positions stored as a tensor in CLIP's files although they are no parameter."""
+def _is_positions(key: str) -> bool:
+    """The positions 0, 1, 2, ..., which CLIP's files store although they are computed."""
     return key.endswith("embeddings.position_ids")
 
 
-def _plain_text_name(key: str) -> str:
-    """Older transformers wrap CLIP's text model in one more module, and the official files too."""
-    return key.removeprefix("text_model.")
+def _common_name(component: str, key: str) -> str:
+    """One name for a tensor that versions of the reference name differently.
 
-
-def _new_vae_name(key: str) -> str:
-    place, _, leaf = key.rpartition(".")
-    parent, _, old = place.rpartition(".")
-    if parent.endswith("mid_block.attentions.0") and old in OLD_VAE_ATTENTION:
-        return f"{parent}.{OLD_VAE_ATTENTION[old]}.{leaf}"
+    Older transformers, and the official files, wrap CLIP's text model in one more module; older
+    diffusers name the VAE's attention differently.
+    """
+    if component == "text_encoder":
+        return key.removeprefix("text_model.")
+    old = re.fullmatch(r"(.*mid_block\.attentions\.0\.)(\w+)(\.\w+)", key)
+    if component == "vae" and old and old[2] in OLD_VAE_ATTENTION:
+        return f"{old[1]}{OLD_VAE_ATTENTION[old[2]]}{old[3]}"
     return key

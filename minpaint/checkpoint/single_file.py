@@ -1,19 +1,20 @@
 """Checkpoints in one file, in latent diffusion's own names (CompVis, runwayml, Stability AI).
 
-`split` sorts a file's tensors into the three models and gives them their official names.
-Without configuration files `tell_configuration` tells the architecture from the shapes.
+A file's tensors are sorted into the three models and given their official names. Without
+configuration files the architecture is told from the shapes.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import warnings
+from dataclasses import replace
+from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
 
-from minpaint.checkpoint.tensorfile import Directory, Stored, some
-from minpaint.errors import CheckpointError
-from minpaint.models.config import UNetConfig, VAEConfig
+from minpaint.checkpoint.configs import Configs, parse_configs
+from minpaint.checkpoint.tensorfile import Directory, Stored, read_directory, some
+from minpaint.errors import CheckpointError, MinpaintWarning
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -26,277 +27,205 @@ IGNORED = re.compile(
     rf"|{re.escape(OPEN_CLIP)}(logit_scale|text_projection|attn_mask)"
 )
 
-RESIDUAL = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
+# For each prefix the parts of the names that follow it, as regular expressions, and the official
+# names. `_split` sees to the numbers of blocks. Sources: latent-diffusion, modules/diffusionmodules,
+# openaimodel.py and model.py; open_clip, src/open_clip/transformer.py.
+NAMES = {
+    UNET: {
+        r"^time_embed\.0\.": "time_embedding.linear_1.",
+        r"^time_embed\.2\.": "time_embedding.linear_2.",
+        r"^input_blocks\.0\.0\.": "conv_in.",
+        r"^middle_block\.0\.": "mid_block.resnets.0.",
+        r"^middle_block\.1\.": "mid_block.attentions.0.",
+        r"^middle_block\.2\.": "mid_block.resnets.1.",
+        r"^out\.0\.": "conv_norm_out.",
+        r"^out\.2\.": "conv_out.",
+        r"\.in_layers\.0\.": ".norm1.",
+        r"\.in_layers\.2\.": ".conv1.",
+        r"\.emb_layers\.1\.": ".time_emb_proj.",
+        r"\.out_layers\.0\.": ".norm2.",
+        r"\.out_layers\.3\.": ".conv2.",
+        r"\.skip_connection\.": ".conv_shortcut.",
+    },
+    VAE: {
+        r"\.nin_shortcut\.": ".conv_shortcut.",
+        r"\.norm_out\.": ".conv_norm_out.",
+        r"\.mid\.block_1\.": ".mid_block.resnets.0.",
+        r"\.mid\.block_2\.": ".mid_block.resnets.1.",
+        r"\.mid\.attn_1\.norm\.": ".mid_block.attentions.0.group_norm.",
+        r"\.mid\.attn_1\.([qkv])\.": r".mid_block.attentions.0.to_\1.",
+        r"\.mid\.attn_1\.proj_out\.": ".mid_block.attentions.0.to_out.0.",
+        r"^encoder\.down\.(\d+)\.block\.": r"encoder.down_blocks.\1.resnets.",
+        r"^encoder\.down\.(\d+)\.downsample\.": r"encoder.down_blocks.\1.downsamplers.0.",
+        r"^decoder\.up\.(\d{1,3})\.block\.": r"decoder.up_blocks.\1.resnets.",
+        r"^decoder\.up\.(\d{1,3})\.upsample\.": r"decoder.up_blocks.\1.upsamplers.0.",
+    },
+    CLIP: {r"^text_model\.": ""},  # the rest is official already
+    OPEN_CLIP: {
+        r"^positional_embedding$": "embeddings.position_embedding.weight",
+        r"^token_embedding\.": "embeddings.token_embedding.",
+        r"^ln_final\.": "final_layer_norm.",
+        r"^transformer\.resblocks\.": "encoder.layers.",
+        r"\.ln_([12])\.": r".layer_norm\1.",
+        r"\.mlp\.c_fc\.": ".mlp.fc1.",
+        r"\.mlp\.c_proj\.": ".mlp.fc2.",
+        r"\.attn\.out_proj\.": ".self_attn.out_proj.",
+        r"\.attn\.in_proj_(weight|bias)$": r".self_attn.qkv_proj.\1",  # which `_split` divides in three
+    },
 }
-VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-OPEN_CLIP_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
+SCHEDULER = {  # of the official files
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
 }
 
 
-@dataclass(frozen=True)
-class SingleFile:
-    """The three models' directories under their official names, and whether it is SD 2."""
-
-    unet: Directory
-    vae: Directory
-    text_encoder: Directory
-    open_clip: bool
+Parts = dict[str, dict[str, Stored]]  # "unet", "vae", "text_encoder": each tensor by its official name
 
 
-def is_single_file(directory: Directory) -> bool:
-    return any(key.startswith(UNET) for key in directory)
+def open_single_file(path: Path, configs: Configs | None) -> tuple[Configs, Parts, bool]:
+    """The configurations and tensors of a single file, and whether its text encoder is SD 2's OpenCLIP.
 
-
-def split(directory: Directory, unet: UNetConfig, vae: VAEConfig, text_layers: int, path: Path) -> SingleFile:
-    """The parts of a single file under official names; CheckpointError for keys of no part."""
-    left = {key: stored for key, stored in directory.items() if not IGNORED.fullmatch(key)}
-    unet_names = _unet_names(unet)
-    parts: dict[str, dict[str, Stored]] = {"unet": {}, "vae": {}}
-    for key in list(left):
-        if key.startswith(UNET):
-            name = _translate(key.removeprefix(UNET), unet_names, RESIDUAL)
-            parts["unet"][name] = left.pop(key)
-        elif key.startswith(VAE):
-            name, stored = _vae_name(key.removeprefix(VAE), len(vae.channels)), left.pop(key)
-            square = ".attentions." in name and len(stored.shape) == 4  # 1x1 convolutions of old
-            parts["vae"][name] = stored.squeezed(stored.shape[:2]) if square else stored
-    open_clip = any(key.startswith(OPEN_CLIP) for key in left)
-    text = _open_clip(left, text_layers) if open_clip else _clip(left)
-    if left:
-        raise CheckpointError(f"{path}: tensors that belong to no part of the model: {some(list(left))}")
-    return SingleFile(parts["unet"], parts["vae"], text, open_clip)
-
-
-def _translate(key: str, places: dict[str, str], inner: dict[str, str]) -> str:
-    """An LDM key to its official name: longest known place first, then the layer inside it."""
-    for length in range(key.count("."), 0, -1):
-        place = ".".join(key.split(".")[:length])
-        if place in places:
-            rest = key[len(place) :]
-            for official, ldm in inner.items():
-                if rest.startswith(f".{ldm}."):
-                    rest = f".{official}{rest[len(ldm) + 1 :]}"
-                    break
-            return places[place] + rest
-    return key
-
-
-def _unet_names(config: UNetConfig) -> dict[str, str]:
-    """LDM module -> official module (latent-diffusion, modules/diffusionmodules/openaimodel.py)."""
-    names = {
-        "time_embed.0": "time_embedding.linear_1",
-        "time_embed.2": "time_embedding.linear_2",
-        "input_blocks.0.0": "conv_in",
-        "middle_block.0": "mid_block.resnets.0",
-        "middle_block.1": "mid_block.attentions.0",
-        "middle_block.2": "mid_block.resnets.1",
-        "out.0": "conv_norm_out",
-        "out.2": "conv_out",
-    }
-    levels = len(config.channels)
-    number = 1
-    for level in range(levels):
-        for j in range(config.layers):
-            names[f"input_blocks.{number}.0"] = f"down_blocks.{level}.resnets.{j}"
-            names[f"input_blocks.{number}.1"] = f"down_blocks.{level}.attentions.{j}"
-            number += 1
-        if level < levels - 1:
-            names[f"input_blocks.{number}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
-            number += 1
-    number = 0
-    for level in range(levels):
-        for j in range(config.layers + 1):
-            names[f"output_blocks.{number}.0"] = f"up_blocks.{level}.resnets.{j}"
-            names[f"output_blocks.{number}.1"] = f"up_blocks.{level}.attentions.{j}"
-            # the enlargement comes after the attention, if there is one
-            after = 2 if config.up_attention[level] else 1
-            if j == config.layers and level < levels - 1:
-                names[f"output_blocks.{number}.{after}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
-            number += 1
-    return names
-
-
-def _vae_name(key: str, levels: int) -> str:
-    """LDM key -> official key (latent-diffusion, modules/diffusionmodules/model.py)."""
-    key = key.replace("nin_shortcut", "conv_shortcut").replace("norm_out", "conv_norm_out")
-    key = key.replace("mid.block_1", "mid_block.resnets.0").replace("mid.block_2", "mid_block.resnets.1")
-    for official, ldm in VAE_ATTENTION.items():
-        key = key.replace(f"mid.attn_1.{ldm}.", f"mid_block.attentions.0.{official}.")
-    key = re.sub(r"encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets.", key)
-    key = re.sub(r"encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0.", key)
-    up = re.match(r"decoder\.up\.(\d+)\.(block|upsample)\.(.*)", key)
-    if up:  # LDM counts these levels from the top, the official names in the order of use
-        inside = "resnets." if up[2] == "block" else "upsamplers.0."
-        key = f"decoder.up_blocks.{levels - 1 - int(up[1])}.{inside}{up[3]}"
-    return key
-
-
-def _clip(left: dict[str, Stored]) -> dict[str, Stored]:
-    """Take SD 1's text encoder, already in transformers' names."""
-    return {key.removeprefix(CLIP): left.pop(key) for key in list(left) if key.startswith(CLIP)}
-
-
-def _open_clip(left: dict[str, Stored], layers: int) -> dict[str, Stored]:
-    """Take SD 2's text encoder: split fused q/k/v, and drop the last layer, which SD 2 never ran."""
-    places = {
-        "positional_embedding": "embeddings.position_embedding.weight",
-        "token_embedding.weight": "embeddings.token_embedding.weight",
-        "ln_final.weight": "final_layer_norm.weight",
-        "ln_final.bias": "final_layer_norm.bias",
-    }
-    text: dict[str, Stored] = {}
-    for key in [key for key in left if key.startswith(OPEN_CLIP)]:
-        name = key.removeprefix(OPEN_CLIP)
-        layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.*)", name)
-        if name in places:
-            text[places[name]] = left.pop(key)
-        elif layer and int(layer[1]) == layers:
-            left.pop(key)
-        elif layer:
-            stored, place = left.pop(key), f"encoder.layers.{layer[1]}"
-            fused = re.fullmatch(r"attn\.in_proj_(weight|bias)", layer[2])
-            if fused:
-                for index, letter in enumerate("qkv"):
-                    text[f"{place}.self_attn.{letter}_proj.{fused[1]}"] = stored.part(index, 3)
-            else:
-                text[_translate(f"{place}.{layer[2]}", {place: place}, OPEN_CLIP_LAYER)] = stored
-    return text
-
-
-def _open_clip_layers(directory: Directory) -> int:
-    """Layers that are used: one less than there are, but 23 where a converter wrote only those.
-
-    OpenCLIP's ViT-H has 24; diffusers' scripts/convert_diffusers_to_original_stable_diffusion.py
-    leaves the last one out.
+    Configurations that are not given are told from the tensors' shapes. CheckpointError if the
+    file cannot be read, is no single file, or holds tensors of no part of the model.
     """
-    numbers = re.findall(rf"{re.escape(OPEN_CLIP)}transformer\.resblocks\.(\d+)\.", "\n".join(directory))
-    last = max(map(int, numbers), default=0)
-    return 23 if last == 22 else last
+    directory = read_directory(path)
+    if not any(key.startswith(UNET) for key in directory):
+        raise CheckpointError(
+            f"{path}: not a whole checkpoint in latent diffusion's names (no {UNET}*); "
+            f"for a part of one in diffusers layout give the folder"
+        )
+    open_clip = any(key.startswith(OPEN_CLIP) for key in directory)
+    parts = _split(directory, path)
+    if configs is None:
+        configs = _tell_configs(parts, open_clip, path)
+    if open_clip:  # SD 2 never runs the last layer, which most files hold nevertheless
+        last = f"encoder.layers.{configs.text.num_hidden_layers}."
+        parts["text_encoder"] = {k: stored for k, stored in parts["text_encoder"].items() if not k.startswith(last)}
+    return configs, parts, open_clip
 
 
-@dataclass(frozen=True)
-class Told:
-    """Configurations told from shapes, as the reference's JSON would say them."""
+def _split(directory: Directory, path: Path) -> Parts:
+    """Every tensor that is not ignored, under its official name."""
+    parts: Parts = {"unet": {}, "vae": {}, "text_encoder": {}}
+    strangers = []
+    keys = "\n".join(directory)
+    # The first block that reduces the size ends the first level; a UNet of one level has none.
+    reducing = map(int, re.findall(r"\.input_blocks\.(\d{1,3})\.0\.op\.", keys))
+    blocks = map(int, re.findall(r"\.input_blocks\.(\d{1,3})\.", keys))
+    layers = max(min(reducing, default=1 + max(blocks, default=0)) - 1, 0)
+    levels = 1 + max(map(int, re.findall(r"\.decoder\.up\.(\d{1,3})\.", keys)), default=0)
+    for key, stored in directory.items():
+        if IGNORED.fullmatch(key):
+            continue
+        prefix = next((prefix for prefix in NAMES if key.startswith(prefix)), None)
+        if prefix is None:
+            strangers.append(key)
+            continue
+        component = {UNET: "unet", VAE: "vae"}.get(prefix, "text_encoder")
+        name = key.removeprefix(prefix)
+        for old, new in NAMES[prefix].items():
+            name = re.sub(old, new, name)
+        pieces = {name: stored}
+        if component == "unet":
+            pieces = {_number_unet_block(name, layers): stored}
+        elif name.startswith("decoder.up_blocks."):  # latent diffusion counts from the top, not in the order of use
+            pieces = {re.sub(r"\d{1,3}", lambda match: str(levels - 1 - int(match[0])), name, count=1): stored}
+        elif ".attentions." in name and stored.shape[2:] == (1, 1):  # once 1x1 convolutions, now linear
+            pieces = {name: replace(stored, shape=stored.shape[:2])}
+        elif ".qkv_proj." in name:
+            pieces = {name.replace("qkv", letter): stored.part(index, 3) for index, letter in enumerate("qkv")}
+        if twice := parts[component].keys() & pieces.keys():
+            raise CheckpointError(f"{component} ({path.name}): {min(twice)} is stored under two names")
+        parts[component].update(pieces)
+    if strangers:
+        raise CheckpointError(f"{path}: tensors that belong to no part of the model: {some(strangers)}")
+    return parts
 
-    unet: dict[str, Any]
-    vae: dict[str, Any]
-    text_encoder: dict[str, Any]
-    scheduler: dict[str, Any]
-    sure_of_prediction: bool
+
+def _number_unet_block(name: str, layers: int) -> str:
+    """The official name of what is in a numbered block.
+
+    Latent diffusion counts through all levels. A level has `layers` residual blocks and a
+    downsampling on the way in, `layers` + 1 residual blocks on the way out.
+    """
+    match = re.match(r"(in|out)put_blocks\.(\d{1,3})\.(\d)\.(op\.|conv\.)?", name)
+    if match is None:
+        return name
+    level, index = divmod(int(match[2]) - (match[1] == "in"), layers + 1)
+    side = "down" if match[1] == "in" else "up"
+    kind = f"resnets.{index}." if match[3] == "0" else f"attentions.{index}."
+    kind = {"op.": "downsamplers.0.conv.", "conv.": "upsamplers.0.conv."}.get(match[4], kind)
+    return f"{side}_blocks.{level}.{kind}{name[match.end() :]}"
 
 
-def tell_configuration(directory: Directory, path: Path) -> Told:
-    """The architecture of a single file from its tensors' shapes.
+def _tell_configs(parts: Parts, open_clip: bool, path: Path) -> Configs:
+    """The configurations of a single file from its tensors' shapes.
 
     What shapes cannot tell is taken from the official files of the family: 32 groups, heads
     of 64 channels (SD 2) or 8 heads (SD 1), the scheduler. SD 2's 4-channel models exist with
-    both predictions, so `sure_of_prediction` is false for them.
+    both predictions; epsilon is assumed for them, with a warning.
     """
+    unet, vae, text = parts["unet"], parts["vae"], parts["text_encoder"]
     try:
-        unet, linear = _tell_unet(directory)
-        open_clip = any(key.startswith(OPEN_CLIP) for key in directory)
-        text = _tell_open_clip(directory) if open_clip else _tell_clip(directory)
-        vae = _tell_vae(directory)
+        linear = len(unet["mid_block.attentions.0.proj_in.weight"].shape) == 2
+        channels = [stored.shape[0] for stored in _numbered(unet, "down_blocks.{}.resnets.0.conv2.weight")]
+
+        def block_types(side: str) -> list[str]:
+            attentions = [f"{side.lower()}_blocks.{n}.attentions.0.norm.weight" for n in range(len(channels))]
+            return [f"CrossAttn{side}Block2D" if name in unet else f"{side}Block2D" for name in attentions]
+
+        unet_json = {
+            "in_channels": unet["conv_in.weight"].shape[1],
+            "block_out_channels": channels,
+            "layers_per_block": len(_numbered(unet, "down_blocks.0.resnets.{}.conv2.weight")),
+            "down_block_types": block_types("Down"),
+            "up_block_types": block_types("Up"),
+            "attention_head_dim": [max(width // 64, 1) for width in channels] if linear else 8,
+            "cross_attention_dim": unet["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
+            "use_linear_projection": linear,
+        }
+        widths = [stored.shape[0] for stored in _numbered(vae, "encoder.down_blocks.{}.resnets.0.conv1.weight")]
+        vae_json = {
+            "block_out_channels": widths,
+            "layers_per_block": len(_numbered(vae, "encoder.down_blocks.0.resnets.{}.conv1.weight")),
+            "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+            "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        }
+        tokens, width = text["embeddings.token_embedding.weight"].shape
+        layers = _numbered(text, "encoder.layers.{}.mlp.fc1.weight")
+        # OpenCLIP's ViT-H has 24 layers, of which SD 2 runs 23; diffusers'
+        # scripts/convert_diffusers_to_original_stable_diffusion.py leaves the last one out.
+        unused = 1 if open_clip and len(layers) != 23 else 0
+        text_json = {
+            "hidden_act": "gelu" if open_clip else "quick_gelu",
+            "hidden_size": width,
+            "intermediate_size": layers[0].shape[0],
+            "max_position_embeddings": text["embeddings.position_embedding.weight"].shape[0],
+            "num_attention_heads": max(width // 64, 1),
+            "num_hidden_layers": len(layers) - unused,
+            "vocab_size": tokens,
+        }
     except (KeyError, IndexError, ValueError):
         raise CheckpointError(
             f"{path}: the architecture cannot be told from its tensors; is it a Stable Diffusion 1 or 2 "
             f"checkpoint? A folder of configuration files can be given with --config"
         ) from None
-    scheduler = {
-        "_class_name": "PNDMScheduler" if open_clip or unet["in_channels"] == 4 else "DDIMScheduler",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-    }
-    return Told(unet, vae, text, scheduler, not (linear and unet["in_channels"] == 4))
+    kind = "PNDMScheduler" if open_clip or unet_json["in_channels"] == 4 else "DDIMScheduler"
+    if linear and unet_json["in_channels"] == 4:
+        warnings.warn(
+            f"{path.name}: nothing in the file tells epsilon from v-prediction; epsilon is assumed "
+            f"(a 768-v model needs --config)",
+            MinpaintWarning,
+            stacklevel=2,
+        )
+    return parse_configs(unet_json, vae_json, text_json, SCHEDULER | {"_class_name": kind})
 
 
-def _tell_unet(directory: Directory) -> tuple[dict[str, Any], bool]:
-    first = directory[f"{UNET}input_blocks.0.0.weight"].shape
-    channels, attends, layers = [first[0]], [False], 0
-    number = 1
-    while any(key.startswith(f"{UNET}input_blocks.{number}.") for key in directory):
-        block = f"{UNET}input_blocks.{number}"
-        if f"{block}.0.op.weight" in directory:
-            channels.append(channels[-1])
-            attends.append(False)
-        else:
-            channels[-1] = directory[f"{block}.0.out_layers.3.weight"].shape[0]
-            attends[-1] = f"{block}.1.norm.weight" in directory
-            layers += len(channels) == 1
-        number += 1
-    per_level = layers + 1
-    up_attends = [f"{UNET}output_blocks.{i * per_level}.1.norm.weight" in directory for i in range(len(channels))]
-    middle = f"{UNET}middle_block.1"
-    linear = len(directory[f"{middle}.proj_in.weight"].shape) == 2
-    return {
-        "in_channels": first[1],
-        "block_out_channels": channels,
-        "layers_per_block": layers,
-        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in up_attends],
-        "attention_head_dim": [max(c // 64, 1) for c in channels] if linear else 8,
-        "cross_attention_dim": directory[f"{middle}.transformer_blocks.0.attn2.to_k.weight"].shape[1],
-        "use_linear_projection": linear,
-        "sample_size": 64,
-    }, linear
-
-
-def _tell_vae(directory: Directory) -> dict[str, Any]:
-    channels: list[int] = []
-    while f"{VAE}encoder.down.{len(channels)}.block.0.conv1.weight" in directory:
-        channels.append(directory[f"{VAE}encoder.down.{len(channels)}.block.0.conv1.weight"].shape[0])
-    layers = 0
-    while f"{VAE}encoder.down.0.block.{layers}.conv1.weight" in directory:
-        layers += 1
-    return {
-        "block_out_channels": channels,
-        "layers_per_block": layers,
-        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
-    }
-
-
-def _tell_clip(directory: Directory) -> dict[str, Any]:
-    keys = {re.sub(r"\.text_model\.", ".", key): stored for key, stored in directory.items() if key.startswith(CLIP)}
-    tokens, width = keys[f"{CLIP}embeddings.token_embedding.weight"].shape
-    layers = 0
-    while f"{CLIP}encoder.layers.{layers}.mlp.fc1.weight" in keys:
-        layers += 1
-    return {
-        "hidden_act": "quick_gelu",
-        "hidden_size": width,
-        "intermediate_size": keys[f"{CLIP}encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "max_position_embeddings": keys[f"{CLIP}embeddings.position_embedding.weight"].shape[0],
-        "num_attention_heads": max(width // 64, 1),
-        "num_hidden_layers": layers,
-        "vocab_size": tokens,
-    }
-
-
-def _tell_open_clip(directory: Directory) -> dict[str, Any]:
-    tokens, width = directory[f"{OPEN_CLIP}token_embedding.weight"].shape
-    return {
-        "hidden_act": "gelu",
-        "hidden_size": width,
-        "intermediate_size": directory[f"{OPEN_CLIP}transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-        "max_position_embeddings": directory[f"{OPEN_CLIP}positional_embedding"].shape[0],
-        "num_attention_heads": max(width // 64, 1),
-        "num_hidden_layers": _open_clip_layers(directory),
-        "vocab_size": tokens,
-    }
+def _numbered(part: Directory, name: str) -> list[Stored]:
+    """The tensors called `name` with the number 0, 1, ... in place of {}."""
+    return [part[key] for key in takewhile(part.__contains__, map(name.format, count()))]

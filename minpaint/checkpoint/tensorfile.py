@@ -29,9 +29,10 @@ ALIGNMENT = 64  # bytes; where PyTorch puts a tensor of its own (c10/core/alignm
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: a file, its key there, its shape and kind ("F16"), its bytes.
+    """Where a tensor is stored: in which file, under which key, with which shape and kind ("F16").
 
-    A part of a fused tensor is a range of its bytes; `shape` may drop axes of size 1.
+    start, size: its bytes in the file. A part of a fused tensor is a range of the bytes of its key;
+    the shape may leave out axes of size 1 that the file has.
     """
 
     file: Path
@@ -42,7 +43,10 @@ class Stored:
     size: int
 
     def part(self, index: int, parts: int) -> Stored:
-        """One of `parts` equal ranges of rows; itself, and so misshapen, where they are not equal."""
+        """One of `parts` equal ranges of rows.
+
+        A tensor whose rows cannot be divided is returned whole, so that its shape is found wrong.
+        """
         if not self.shape or self.shape[0] % parts:
             return self
         shape, size = (self.shape[0] // parts, *self.shape[1:]), self.size // parts
@@ -62,11 +66,6 @@ class Stored:
         """How many numbers it holds."""
         return math.prod(self.shape)
 
-    def squeezed(self, shape: tuple[int, ...]) -> Stored:
-        """The same numbers without axes of size 1, if that gives `shape`."""
-        same = [n for n in self.shape if n != 1] == [n for n in shape if n != 1]
-        return replace(self, shape=shape) if same else self
-
 
 Directory = Mapping[str, Stored]
 
@@ -78,7 +77,9 @@ def read_directory(path: Path) -> dict[str, Stored]:
     LFS pointer, a pickle. The header is checked by the safetensors library: its length, and
     that the tensors fill the file without gaps or overlaps.
     """
-    refuse_disguise(path)
+    _refuse_disguise(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: not a .safetensors file, the only kind of weights that is opened")
     try:
         with safe_open(path, framework="pt", device="cpu") as opened:
             keys = list(opened.keys())
@@ -99,31 +100,59 @@ def read_directory(path: Path) -> dict[str, Stored]:
     return directory
 
 
-def read_shards(index: Path, content: Mapping[str, Any]) -> dict[str, Stored]:
-    """The directory of a checkpoint in several files, as its index says and no more."""
-    weight_map = content.get("weight_map")
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file; CheckpointError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{name} is missing in {path.parent}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a readable JSON file ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return content
+
+
+def read_index(path: Path) -> dict[str, set[str]]:
+    """The safetensors files that an index lists, and the keys that it says are in each.
+
+    CheckpointError if it is no index, or lists anything but safetensors files beside it.
+    """
+    weight_map = read_json(path, path.name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map")
-    directory: dict[str, Stored] = {}
-    for name in sorted(set(map(str, weight_map.values()))):
+        raise CheckpointError(f"{path}: has no weight_map")
+    keys: dict[str, set[str]] = {}
+    for key, name in weight_map.items():
+        keys.setdefault(str(name), set()).add(key)
+    for name in keys:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: {name!r} is not a safetensors file beside it")
+            raise CheckpointError(f"{path}: {name!r} is not a safetensors file beside it")
+    return keys
+
+
+def read_shards(index: Path) -> dict[str, Stored]:
+    """The directory of a model in several files; CheckpointError if they do not hold what the index says."""
+    directory: dict[str, Stored] = {}
+    for name, keys in read_index(index).items():
         found = read_directory(index.parent / name)
-        if unlike := found.keys() ^ {key for key in weight_map if weight_map[key] == name}:
+        if unlike := found.keys() ^ keys:
             raise CheckpointError(f"{index}: does not agree with {name} about {some(list(unlike))}")
         directory.update(found)
     return directory
 
 
 def read_tensors(directory: Directory) -> Iterator[tuple[str, Tensor]]:
-    """Every floating-point tensor of a directory as a view of its mapped file (no copy)."""
+    """Every floating-point tensor of a directory, by name, as a view of its mapped file (no copy if it is aligned)."""
     for path in dict.fromkeys(stored.file for stored in directory.values()):
         with _open(path) as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         for name, stored in directory.items():
             if stored.file == path:
                 flat = torch.frombuffer(mapped, dtype=torch.uint8, count=stored.size, offset=stored.start)
-                yield name, _typed(flat, stored)
+                kind = FLOATS[stored.kind]
+                if flat.data_ptr() % kind.itemsize:  # a header without padding leaves tensors at odd addresses
+                    flat = flat.clone()
+                yield name, flat.view(kind).reshape(stored.shape)
 
 
 def piece_buffer(tensors: Iterable[Stored], dtype: torch.dtype) -> Tensor:
@@ -177,14 +206,6 @@ def _fill(file: BinaryIO, flat: Tensor) -> None:
         place = place[count:]
 
 
-def _typed(flat: Tensor, stored: Stored) -> Tensor:
-    """Bytes as what they mean; a copy where an unpadded header put them at an odd address."""
-    kind = FLOATS[stored.kind]
-    if flat.data_ptr() % kind.itemsize:
-        flat = flat.clone()
-    return flat.view(kind).reshape(stored.shape)
-
-
 def some(names: list[str], limit: int = 3) -> str:
     """How many names, and the first few of them."""
     first = ", ".join(sorted(names)[:limit])
@@ -193,31 +214,28 @@ def some(names: list[str], limit: int = 3) -> str:
 
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    """A file of known content; CheckpointError if it has gone meanwhile."""
+    """A file open for reading without a buffer; CheckpointError if it is missing or cannot be read."""
     try:
         with path.open("rb", buffering=0) as file:
             yield file
     except CheckpointError:
         raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
-def refuse_disguise(path: Path) -> None:
-    """CheckpointError if a file cannot be read, or its first bytes show that it is something else."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+def _refuse_disguise(path: Path) -> None:
+    """CheckpointError if the first bytes of a file show that it is something else."""
+    with _open(path) as file:
+        start = file.read(64)
     if not start:
         raise CheckpointError(f"{path}: empty file; fetch it again")
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path}: a Git LFS pointer, not the weights; run git lfs pull")
-    # a zip archive is PyTorch's newer pickle; protocol 2 to 5 begin its older one. A header's length
-    # may begin with the same bytes, but then the header follows.
+    # PyTorch's newer pickle is a zip archive; its older one begins with protocol 2 to 5. The length of
+    # a safetensors header may begin with the same bytes, but then the header's brace follows.
     if start[8:9] != b"{" and re.match(rb"PK\x03\x04|\x80[\x02-\x05]", start):
         raise CheckpointError(f"{path}: a pickle, which can run code when opened; get safetensors weights")
 

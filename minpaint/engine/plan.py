@@ -368,7 +368,7 @@ class Planner:
         set_query_rows(unet if name == "denoise" else vae, way.query_rows)
         set_bands(vae, Bands(way.bands, some=True) if way.bands else None)
         if name == "text":
-            text_encoder(torch.zeros(1, config.text["max_position_embeddings"], dtype=torch.long, device="meta"))
+            text_encoder(torch.zeros(1, config.text.max_position_embeddings, dtype=torch.long, device="meta"))
         elif name == "encode":
             with accelerated(vae, *forms):
                 vae.encode(empty(1, 3, request.height, request.width))
@@ -377,7 +377,7 @@ class Planner:
                 vae.decode(empty(1, LATENT_CHANNELS, *small)).float()
         else:
             # what Run.unet does: the whole batch is there, and goes through in parts
-            tokens = config.text["max_position_embeddings"]
+            tokens = config.text.max_position_embeddings
             x = torch.empty((request.rows, config.unet.in_channels, *small), device="meta")
             context = empty(request.rows, tokens, config.unet.context_dim, dtype=self.dtype)
             t = torch.zeros(request.rows, device="meta")

@@ -1,7 +1,7 @@
 """What the supported checkpoints' networks differ in.
 
-A field exists only if two supported checkpoints differ in it; checkpoint/configs.py refuses every
-other value of the reference's configurations.
+A field of the UNet or the VAE exists only if two supported checkpoints differ in it;
+checkpoint/configs.py refuses every other value of the reference's configurations.
 """
 
 from __future__ import annotations
@@ -37,3 +37,18 @@ class VAEConfig:
     @property
     def factor(self) -> int:
         return int(2 ** (len(self.channels) - 1))
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text encoder, under the names of transformers' CLIPTextConfig."""
+
+    hidden_act: str
+    hidden_size: int
+    intermediate_size: int
+    layer_norm_eps: float
+    max_position_embeddings: int
+    num_attention_heads: int
+    num_hidden_layers: int
+    vocab_size: int
+    use_attention_mask: bool
