@@ -2,7 +2,7 @@
 
 `describe` finds a checkpoint, reads its configurations and the headers of its files, makes the
 models without weights and says where each of their tensors is stored. `build` makes these models
-ready for an engine that loads the weights when they are needed.
+ready for an engine that loads the weights when they are needed; `load_checkpoint` loads them all.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from minpaint.checkpoint.tensorfile import (
     assign,
     read_directory,
     read_shards,
+    read_tensors,
     some,
 )
 from minpaint.checkpoint.tokenizer import load_tokenizer
@@ -58,7 +59,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The models of a checkpoint, on the meta device until an engine loads their weights."""
+    """The models of a checkpoint. From `build` they are on the meta device, from `load_checkpoint` complete."""
 
     architecture: Architecture
     scheduler_config: SchedulerConfig
@@ -72,6 +73,27 @@ class Checkpoint:
         """Where the weights are."""
         parts = self.architecture.directories
         return tuple(dict.fromkeys(stored.file for part in FILE_ORDER for stored in parts[part].values()))
+
+
+def load_checkpoint(model: str | Path, config: str | Path | None = None) -> Checkpoint:
+    """The plain modules of a checkpoint with all their weights, on the CPU in float32, for reading and studying.
+
+    model, config: as for `minpaint.load`. The modules are in eval mode and ask for no gradients.
+
+    Raises:
+        InputError: an unknown model. CheckpointError: files or configurations that are missing,
+            damaged or not supported, or a weight that is NaN or infinite.
+    """
+    checkpoint = build(describe(model, config=config), torch.device("cpu"))
+    models = {"unet": checkpoint.unet, "text_encoder": checkpoint.text_encoder}
+    for part, directory in checkpoint.architecture.directories.items():
+        for name, stored in read_tensors(directory):
+            weight = torch.empty(stored.shape).copy_(stored)  # converts, and leaves the mapped file
+            if not bool(weight.isfinite().all()):
+                place = directory[name]
+                raise CheckpointError(f"{part} ({place.file.name}): {place.key} holds NaN or infinity in float32")
+            assign(models.get(part, checkpoint.vae), name, weight)
+    return checkpoint
 
 
 def describe(model: str | Path, half: bool = False, config: str | Path | None = None) -> Description:
