@@ -10,6 +10,9 @@ from PIL import Image, ImageDraw
 
 from minpaint.errors import InputError
 from minpaint.picture.mask import feather, find_hole, grow, islands
+from minpaint.settings import Settings
+
+PLAIN = Settings("")
 
 
 def dot(size: tuple[int, int], *at: tuple[int, int]) -> Image.Image:
@@ -31,7 +34,7 @@ def distance_to(hole: Image.Image) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(32, 32), (128, 128), (100, 100), (33, 33)])
 def test_a_mask_of_the_same_shape_is_scaled(size: tuple[int, int]) -> None:
-    hole = find_hole(make_picture(), make_mask(*size))
+    hole = find_hole(make_picture(), make_mask(*size), PLAIN)
     assert hole.size == (64, 64)
     assert set(np.unique(levels(hole))) == {0, 255}
     assert 0.1 < (levels(hole) > 0).mean() < 0.5
@@ -41,7 +44,7 @@ def test_a_mask_of_the_same_shape_is_scaled(size: tuple[int, int]) -> None:
 def test_a_thin_stroke_survives_a_mask_made_smaller(soft: bool) -> None:
     mask = Image.new("L", (640, 640))
     ImageDraw.Draw(mask).line((0, 320, 640, 320), fill=255, width=1)
-    hole = levels(find_hole(make_picture(), mask, soft))
+    hole = levels(find_hole(make_picture(), mask, Settings("", soft=soft)))
     assert (hole[32] == 255).all()
     assert hole.sum() == 64 * 255
 
@@ -49,22 +52,22 @@ def test_a_thin_stroke_survives_a_mask_made_smaller(soft: bool) -> None:
 @pytest.mark.parametrize("size", [(64, 32), (60, 64), (128, 64), (1, 64)])
 def test_a_mask_of_another_shape_is_refused(size: tuple[int, int]) -> None:
     with pytest.raises(InputError, match=f"{size[0]}x{size[1]}.*64x64"):
-        find_hole(make_picture(), Image.new("L", size, 255))
+        find_hole(make_picture(), Image.new("L", size, 255), PLAIN)
 
 
 @pytest.mark.parametrize("level", [0, 127])
 def test_a_mask_without_white_is_refused(level: int) -> None:
     with pytest.raises(InputError, match="nothing to paint"):
-        find_hole(make_picture(), Image.new("L", (64, 64), level))
+        find_hole(make_picture(), Image.new("L", (64, 64), level), PLAIN)
 
 
 def test_grey_level_128_is_white_enough() -> None:
-    assert levels(find_hole(make_picture(), Image.new("L", (64, 64), 128))).min() == 255
+    assert levels(find_hole(make_picture(), Image.new("L", (64, 64), 128), PLAIN)).min() == 255
 
 
 def test_a_soft_mask_keeps_its_grey() -> None:
     mask = Image.linear_gradient("L").resize((64, 64))
-    assert find_hole(make_picture(), mask, soft=True).tobytes() == mask.tobytes()
+    assert find_hole(make_picture(), mask, Settings("", soft=True)).tobytes() == mask.tobytes()
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -77,18 +80,18 @@ def test_without_a_mask_the_transparent_part_is_the_hole(mode: str) -> None:
         picture.putpalette([0, 0, 0, 10, 20, 30, 40, 50, 60])
         picture.info["transparency"] = 2
         image = picture
-    assert np.array_equal(levels(find_hole(image.convert(mode), None)) > 0, levels(make_mask()) > 0)
+    assert np.array_equal(levels(find_hole(image.convert(mode), None, PLAIN)) > 0, levels(make_mask()) > 0)
 
 
 def test_no_mask_and_no_transparency_is_refused() -> None:
     with pytest.raises(InputError, match="--mask"):
-        find_hole(make_picture(), None)
+        find_hole(make_picture(), None, PLAIN)
     with pytest.raises(InputError, match="transparent"):
-        find_hole(Image.new("RGBA", (9, 9), (1, 2, 3, 200)), None)
+        find_hole(Image.new("RGBA", (9, 9), (1, 2, 3, 200)), None, PLAIN)
 
 
 def test_new_margins_are_hole() -> None:
-    hole = levels(find_hole(make_picture(20, 10), None, margins=(3, 2, 1, 0)))
+    hole = levels(find_hole(make_picture(20, 10), None, Settings("", expand="left=3,top=2,right=1")))
     assert hole.shape == (12, 24)
     assert (hole[2:, 3:23] == 0).all()
     hole[2:, 3:23] = 255

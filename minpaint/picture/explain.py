@@ -23,20 +23,15 @@ def explain(frame: Frame, view: View | ReferenceView) -> Image.Image:
 def stages(frame: Frame, view: View | ReferenceView) -> dict[str, Image.Image]:
     """The stages of the mask by name, each in its own size."""
     canvas, picture = view.canvas([frame.begin()]), frame.begin().convert("RGB")
-    boxed = picture.copy()
-    left, top, right, bottom = view.box
-    ImageDraw.Draw(boxed).rectangle(
-        (left, top, right - 1, bottom - 1), outline="red", width=max(picture.width // 200, 1)
-    )
-    cells = to_levels(canvas.cells[0, 0]).resize(
-        (canvas.blanked.shape[3], canvas.blanked.shape[2]), Image.Resampling.NEAREST
-    )
+    boxed, (left, top, right, bottom) = picture.copy(), view.box
+    edge = max(picture.width // 200, 1)
+    ImageDraw.Draw(boxed).rectangle((left, top, right - 1, bottom - 1), outline="red", width=edge)
     return {
         "image and crop": boxed,
         "mask": frame.mask.convert("L").resize(picture.size),
         "hole": frame.hole,
         "in the crop": view.hole,
-        "latent cells": cells,
+        "latent cells": to_levels(canvas.cells[0, 0]).resize(view.extent, Image.Resampling.NEAREST),
         "network sees": to_image(canvas.masked_pixels[0]),
         "cover": frame.cover,
     }

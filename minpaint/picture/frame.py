@@ -47,26 +47,22 @@ class Frame:
         return restore_mode(painted, self.original, self.touched)
 
 
-def make_frame(image: Image.Image, mask: Image.Image | None, settings: Settings) -> Frame:
-    """Find and shape the hole; without a mask it is the image's transparent part.
+def open_frame(image: ImageSource, mask: ImageSource | None, settings: Settings) -> Frame:
+    """Open an image and its mask, and find and shape the hole; without a mask it is the transparent part.
 
     Raises:
-        InputError: the mask has another shape than the image, or there is nothing to paint.
+        InputError: image or mask cannot be read, their shapes differ, or there is nothing to paint.
     """
+    image, mask = open_image(image), None if mask is None else open_image(mask, "mask")
     left, top, right, bottom = settings.margins
     width, height = image.width + left + right, image.height + top + bottom
     if any(settings.margins) and width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise InputError(f"expand {settings.expand} would make {width}x{height} pixels: too many; add less")
-    hole = grow(find_hole(image, mask, settings.soft, settings.margins), settings.grow)
+    hole = grow(find_hole(image, mask, settings), settings.grow)
     original = expand(keep_mode(image), settings.margins)
     alpha = alpha_of(original)
     opaque = mask is None and alpha is not None
     if mask is not None and alpha is not None and ImageChops.multiply(alpha, hole).getbbox() is None:
         told = "the hole is transparent in the image and stays so; leave out the mask to make it opaque"
-        warnings.warn(told, MinpaintWarning, stacklevel=3)
+        warnings.warn(told, MinpaintWarning, stacklevel=2)
     return Frame(original, mask or hole, hole, feather(hole, settings.feather), opaque)
-
-
-def open_frame(image: ImageSource, mask: ImageSource | None, settings: Settings) -> Frame:
-    """An image and its mask, from files or from memory, ready to be painted in."""
-    return make_frame(open_image(image), None if mask is None else open_image(mask, "mask"), settings)

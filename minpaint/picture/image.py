@@ -188,6 +188,6 @@ def strip(pictures: Sequence[Image.Image], names: Sequence[str] = ()) -> Image.I
     joined = Image.new("RGB", (len(pictures) * (width + GAP) - GAP, height + head), "white")
     for number, picture in enumerate(pictures):
         joined.paste(picture.convert("RGB"), (number * (width + GAP), head))
-    for number, name in enumerate(names):
-        ImageDraw.Draw(joined).text((number * (width + GAP) + 2, 2), name, fill="black")
+        if names:
+            ImageDraw.Draw(joined).text((number * (width + GAP) + 2, 2), names[number], fill="black")
     return joined

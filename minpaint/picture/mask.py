@@ -17,6 +17,7 @@ from torch import Tensor
 from minpaint.errors import InputError
 from minpaint.picture.fill import nearest
 from minpaint.picture.image import alpha_of, to_levels, to_unit
+from minpaint.settings import Settings
 
 NOTHING_TO_PAINT = "the mask has nothing to paint: no pixel is white (grey level 128 or more)"
 SHAPE_TOLERANCE = 0.01  # relative difference of the aspect ratios of a picture and its mask
@@ -24,16 +25,10 @@ SHAPE_TOLERANCE = 0.01  # relative difference of the aspect ratios of a picture 
 Box = tuple[int, int, int, int]  # left, top, right, bottom; the last two are outside
 
 
-def find_hole(
-    image: Image.Image,
-    mask: Image.Image | None,
-    soft: bool = False,
-    margins: tuple[int, int, int, int] = (0, 0, 0, 0),
-) -> Image.Image:
-    """The hole in an image: from its mask, else from its transparent part, and its new margins.
+def find_hole(image: Image.Image, mask: Image.Image | None, settings: Settings) -> Image.Image:
+    """The hole in an image: from its mask, else from its transparent part, and the margins to add.
 
-    margins (left, top, right, bottom): pixels by which the image will be expanded, all of them
-    hole; the hole has the expanded size.
+    The hole has the image's size with its margins, all of which are hole.
 
     Raises:
         InputError: the mask has another shape than the image, or there is nothing to paint.
@@ -41,35 +36,27 @@ def find_hole(
     if 0 in image.size:
         raise InputError(f"the image is empty ({image.width}x{image.height} pixels)")
     if mask is not None:
-        check_shape(image, mask)
-        levels = _scale(mask if mask.mode == "L" else mask.convert("L"), image.size)
+        if 0 in mask.size:
+            raise InputError(f"the mask is empty ({mask.width}x{mask.height} pixels)")
+        across, down = mask.width * image.height, mask.height * image.width
+        if abs(across - down) > SHAPE_TOLERANCE * max(across, down):
+            raise InputError(
+                f"the mask is {mask.width}x{mask.height} but the image {image.width}x{image.height}: "
+                f"the shapes differ; make the mask at the image's size"
+            )
+        levels, nothing = _scale(mask if mask.mode == "L" else mask.convert("L"), image.size), NOTHING_TO_PAINT
     else:
         alpha = alpha_of(image)
-        if alpha is None and not any(margins):
+        if alpha is None and not any(settings.margins):
             raise InputError("no mask, and the image has no transparent part to repaint; add --mask")
         levels = ImageChops.invert(alpha) if alpha is not None else Image.new("L", image.size)
-    if not soft:
+        nothing = "nothing to paint: the image has no pixel more than half transparent; add --mask"
+    if not settings.soft:
         levels = levels.point(lambda level: 255 * (level >= 128))
-    levels = ImageOps.expand(levels, margins, 255)
+    levels = ImageOps.expand(levels, settings.margins, 255)
     if levels.getbbox() is None:
-        raise InputError(
-            NOTHING_TO_PAINT
-            if mask is not None
-            else "nothing to paint: the image has no pixel more than half transparent; add --mask"
-        )
+        raise InputError(nothing)
     return levels
-
-
-def check_shape(image: Image.Image, mask: Image.Image) -> None:
-    """InputError unless the mask has the image's aspect ratio."""
-    if 0 in mask.size:
-        raise InputError(f"the mask is empty ({mask.width}x{mask.height} pixels)")
-    across, down = mask.width * image.height, mask.height * image.width
-    if abs(across - down) > SHAPE_TOLERANCE * max(across, down):
-        raise InputError(
-            f"the mask is {mask.width}x{mask.height} but the image {image.width}x{image.height}: "
-            f"the shapes differ; make the mask at the image's size"
-        )
 
 
 def _scale(mask: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -23,7 +23,10 @@ from minpaint.picture.image import ImageSource, open_image
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; libjpeg's and the format's limits
-OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True, "exact": True}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"lossless": True, "exact": True},
+}
 RECORD = "minpaint"  # keyword of the record's PNG text chunk, and a key of every record
 NO_TEXT = (RECORD, "XML:com.adobe.xmp")  # text chunks that are not carried over as they are
 EXIF_FOLDER, GPS_FOLDER, USER_COMMENT, ASCII = 0x8769, 0x8825, 0x9286, b"ASCII\0\0\0"
@@ -119,7 +122,7 @@ def _write(image: Image.Image, frame: Frame | None, record: dict[str, Any] | Non
     elif record is not None:
         exif.get_ifd(EXIF_FOLDER)[USER_COMMENT] = ASCII + json.dumps(record).encode("ascii")
     options: dict[str, Any] = {key: original.info[key] for key in INFO if original.info.get(key)}
-    options |= OPTIONS.get(kind, {"pnginfo": text})
+    options |= {"pnginfo": text} if kind == "PNG" else OPTIONS.get(kind, {})
     if len(exif) or any(exif.get_ifd(folder) for folder in (EXIF_FOLDER, GPS_FOLDER)):
         options["exif"] = exif.tobytes()
     _fit(image, kind).save(file, kind, **options)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minpaint.picture.canvas import Canvas, mirror, reference_canvas
 from minpaint.picture.frame import Frame
-from minpaint.picture.image import alpha_of, to_image, to_levels, to_pixels, to_unit
+from minpaint.picture.image import to_image, to_levels, to_pixels, to_unit
 from minpaint.picture.mask import Box, islands, reach_box, strongest
 from minpaint.picture.seam import match_colour
 from minpaint.settings import Settings
@@ -58,7 +58,10 @@ class View:
         The part is extended by mirroring, never resampled for it. A latent cell is painted if
         any of its pixels is, and then the network sees none of its pixels.
         """
-        pixels = torch.cat([mirror(self._pixels(picture), self.extent) for picture in pictures])
+        parts = [
+            picture.crop(self.box).convert("RGB").resize(self.size, Image.Resampling.LANCZOS) for picture in pictures
+        ]
+        pixels = torch.cat([mirror(to_pixels(part), self.extent) for part in parts])
         cells = F.max_pool2d(mirror(strongest(self.hole, self.size), self.extent), self.factor)
         return Canvas(pixels, F.interpolate((cells > 0).float(), scale_factor=self.factor), cells)
 
@@ -83,9 +86,8 @@ class View:
             here = painted[0, :, top:bottom, left:right]  # shares its memory: copying into it changes `painted`
             here.copy_(match_colour(here, original[0], ~free.to(painted.device)))
         shown = to_image(painted[0]).convert(picture.mode.rstrip("A"))
-        alpha = alpha_of(part) if picture.mode.endswith("A") else None
-        if alpha is not None:
-            shown.putalpha(alpha)
+        if picture.mode.endswith("A"):
+            shown.putalpha(part.getchannel("A"))
         finished = picture.copy()
         finished.paste(Image.composite(shown, part, self.cover), self.box[:2])
         return finished
@@ -93,9 +95,6 @@ class View:
     def complete(self, frame: Frame, picture: Image.Image) -> tuple[Image.Image, Image.Image]:
         """The finished picture in the original's mode, and the hole that its seam is measured around."""
         return frame.finish(picture), frame.hole
-
-    def _pixels(self, picture: Image.Image) -> Tensor:
-        return to_pixels(picture.crop(self.box).convert("RGB").resize(self.size, Image.Resampling.LANCZOS))
 
 
 class ReferenceView:
