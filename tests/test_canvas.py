@@ -14,7 +14,8 @@ from minpaint.errors import InputError
 from minpaint.picture.canvas import mirror, reference_canvas
 from minpaint.picture.fill import membrane
 from minpaint.picture.frame import open_frame
-from minpaint.picture.view import View, choose_views
+from minpaint.picture.image import to_image
+from minpaint.picture.view import ReferenceView, View, choose_views
 from minpaint.settings import Settings
 
 NATIVE = 64
@@ -51,6 +52,24 @@ def test_mirroring_extends_to_multiples_and_keeps_what_is_there(size: tuple[int,
     if min(size) > 8:
         pad = [(0, n - m) for n, m in zip(extended.shape[2:], size, strict=True)]
         assert np.array_equal(extended[0], np.pad(x[0].numpy(), [(0, 0), *pad], mode="reflect"))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (5, 70), (64, 64)])
+@pytest.mark.parametrize("least", [1, 2, 4])
+def test_a_small_picture_is_mirrored_up_to_the_least_that_the_network_takes(size: tuple[int, int], least: int) -> None:
+    """And its hole with it: what shows the hole is painted, and all else is kept."""
+    width, height = size
+    view, picture = whole(hole_at(size, (0, 0, 1, 1)), least), make_picture(*size)
+    columns, rows = view.extent
+    assert all(side % 8 == 0 and side >= 8 * least for side in view.extent)
+    assert all(side - given < 8 or side == 8 * least for side, given in zip(view.extent, size, strict=True))
+    canvas = view.canvas([picture])
+    pad = [(0, 0), (0, rows - height), (0, columns - width)]
+    given = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+    assert np.array_equal(np.asarray(to_image(canvas.pixels[0])).transpose(2, 0, 1), np.pad(given, pad, mode="reflect"))
+    hole = np.pad(np.asarray(view.hole), pad[1:], mode="reflect").reshape(rows // 8, 8, columns // 8, 8).max((1, 3))
+    assert np.array_equal(canvas.cells[0, 0].numpy(), hole > 0)
+    assert view.finish(picture, canvas.pixels[0], match=True).tobytes() == picture.tobytes()
 
 
 @pytest.mark.parametrize("at", [(0, 0), (7, 7), (8, 3), (30, 21), (63, 63)])
@@ -99,8 +118,33 @@ def test_the_references_canvas_is_the_references() -> None:
     assert torch.equal(canvas.blanked, expected)
     assert torch.equal(canvas.pixels, VaeImageProcessor(8).preprocess(image, height=40, width=72))
     assert torch.equal(canvas.cells, torch.nn.functional.interpolate(expected, size=(5, 9)))
-    with pytest.raises(InputError, match="under 8"):
-        reference_canvas(make_picture(7, 40), make_mask(7, 40), 8)
+    for size, least in (((7, 40), 1), ((40, 7), 1), ((15, 40), 2), ((64, 31), 4)):
+        with pytest.raises(InputError, match=f"{size[0]}x{size[1]} is under {8 * least} pixels.*larger.*--profile"):
+            reference_canvas(make_picture(*size), make_mask(*size), 8, least)
+    assert reference_canvas(make_picture(64, 32), make_mask(64, 32), 8, 4).cells.shape == (1, 1, 4, 8)
+
+
+def test_the_references_view_is_one_canvas_and_gives_all_that_was_painted() -> None:
+    picture, mask, settings = make_picture(75, 43), make_mask(75, 43), Settings("", profile="diffusers", strength=0.5)
+    frame = open_frame(picture, mask, settings)
+    [view] = choose_views(frame, settings, NATIVE, 8)
+    assert isinstance(view, ReferenceView)
+    assert (view.extent, view.box, view.blends, view.fill(settings)) == ((72, 40), (0, 0, 75, 43), False, "original")
+    canvas = view.canvas([frame.begin()])
+    assert view.canvas([frame.begin()]) is canvas
+    painted = view.finish(picture, torch.zeros(3, 40, 72), match=True)
+    assert np.array_equal(np.asarray(painted), np.full((40, 72, 3), 128))
+    result, hole = view.complete(frame, painted)
+    assert result is painted
+    assert np.array_equal(np.asarray(hole) == 255, canvas.blanked[0, 0].numpy() == 1)
+
+
+def test_a_view_lets_nothing_of_the_old_content_be_seen_at_full_strength() -> None:
+    [view], settings = views_of(hole_at((64, 64), (16, 16, 40, 48))), {"fill": "edge"}
+    assert view.blends
+    assert view.fill(Settings("", **settings)) == "blur"
+    assert view.fill(Settings("", **settings, strength=0.9)) == "edge"
+    assert view.fill(Settings("", **settings, soft=True)) == "edge"
 
 
 # The views ---------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from minpaint.errors import InputError, MinpaintWarning
+from minpaint.picture.frame import Frame
 from minpaint.picture.image import (
     KEPT_MODES,
     alpha_of,
     expand,
     keep_mode,
-    mixable,
     open_image,
     restore_mode,
     to_image,
@@ -105,7 +105,8 @@ def test_a_palette_picture_takes_new_colours_and_keeps_its_pixels(
     picture = make_picture(40, 30).quantize(colours)
     if transparency is not None:
         picture.info["transparency"] = transparency
-    worked, touched = mixable(picture), make_mask(40, 30).convert("1")
+    mask = make_mask(40, 30)
+    worked, touched = Frame(picture, mask, mask, mask, opaque=False).begin(), mask.convert("1")
     worked.paste("fuchsia", (0, 0, 40, 30))
     restored = restore_mode(worked, picture, touched)
     assert restored.mode == "P"

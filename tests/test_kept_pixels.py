@@ -13,10 +13,12 @@ import torch
 from conftest import make_picture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
+import minpaint
 from minpaint.errors import InputError
 from minpaint.painter import Painter
+from minpaint.picture.explain import explain
 from minpaint.picture.frame import Frame, open_frame
 from minpaint.picture.image import KEPT_MODES
 from minpaint.picture.saving import save
@@ -165,3 +167,42 @@ def test_what_is_masked_is_painted(painter: Callable[[str], Painter], kind: str)
     [painting] = painter("small-sd1")(image, mask, "a dog", steps=2, color_match=False)
     changed = (np.asarray(painting.image) != np.asarray(image)).any(-1)
     assert np.array_equal(changed, np.asarray(mask) >= 128)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Painter:
+    return minpaint.load("tiny", device="cpu", dtype="fp32")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"grow": 3, "feather": 4},
+        {"expand": "left=1,bottom=20"},
+        {"soft": True},
+        {"context": 0},
+        {"context": "whole", "color_match": False},
+        {"separate": True},
+        {"strength": 0.5, "fill": "edge"},
+        {"profile": "diffusers"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "alpha"])
+def test_pictures_of_a_few_pixels(tiny: Painter, size: tuple[int, int], options: dict[str, Any], masked: bool) -> None:
+    image, mask = make_picture(*size), Image.new("L", size)
+    mask.putpixel((size[0] - 1, size[1] - 1), 255)
+    if not masked:
+        image.putalpha(ImageChops.invert(mask))
+    asked = Settings("a dog", steps=2, **options)
+    frame = open_frame(image, mask if masked else None, asked)
+    if asked.profile == "diffusers":
+        with pytest.raises(InputError, match="under 8 pixels"):
+            tiny.paint(frame, asked)
+        return
+    assert explain(frame, tiny.views(frame, asked)[0]).height > 1
+    [painting] = tiny.paint(frame, asked)
+    assert (painting.image.size, painting.image.mode) == (frame.original.size, image.mode)
+    assert save(painting.image, frame, None, BytesIO()).changed == 0

@@ -16,7 +16,7 @@ COARSEST = 4  # pixels on the short side of the membrane's smallest grid
 SWEEPS = 32  # conjugate gradient steps on the finest grid; twice as many on each coarser one
 
 
-def membrane(x: Tensor, known: Tensor, reach: float = math.inf) -> Tensor:
+def membrane(x: Tensor, known: Tensor, reach: float = math.inf, sweeps: int = SWEEPS) -> Tensor:
     """x with its unknown pixels on a membrane stretched over the known ones: Laplace's equation.
 
     The unknown part is as smooth as the known values around it allow, and stays between their
@@ -25,33 +25,30 @@ def membrane(x: Tensor, known: Tensor, reach: float = math.inf) -> Tensor:
     multigrid, Bornemann & Deuflhard 1996). With nothing known it is 0.
 
     reach: pixels over which the membrane falls back to 0, by a factor of e (the screened Poisson
-    equation, Bhat et al. 2008); infinite for none.
+    equation, Bhat et al. 2008); infinite for none. sweeps: steps on this grid.
     """
     if not bool(known.any()):
         return torch.zeros_like(x)
-    return _membrane(x.float() * known, known[None, None], SWEEPS, reach**-2)
-
-
-def _membrane(x: Tensor, known: Tensor, sweeps: int, pull: float) -> Tensor:
+    x = x.float() * known
     if bool(known.all()):
         return x
-    share = F.avg_pool2d(known.float(), 2, ceil_mode=True)
+    share = F.avg_pool2d(known[None, None].float(), 2, ceil_mode=True)
     mean = F.avg_pool2d(x, 2, ceil_mode=True) / share.clamp(min=1e-6)
     if min(x.shape[2:]) > COARSEST:
-        guess = _membrane(mean, share > 0, 2 * sweeps, 4 * pull)
+        guess = membrane(mean, share[0, 0] > 0, reach / 2, 2 * sweeps)
         guess = F.interpolate(guess, size=x.shape[2:], mode="bilinear")
     else:
         guess = (x.sum((2, 3), keepdim=True) / known.sum()).expand_as(x)
-    return _relax(torch.where(known, x, guess), ~known, sweeps, pull)
+    return _relax(torch.where(known, x, guess), ~known, sweeps, reach**-2)
 
 
 def _relax(x: Tensor, unknown: Tensor, sweeps: int, pull: float) -> Tensor:
     """x after conjugate gradient steps towards Laplacian(x) = pull * x on the unknown pixels.
 
-    At most one step for each of them, with which all is solved. They are changed in place.
+    As many steps as there are unknown pixels solve it exactly. They are changed in place.
     """
-    rows, columns = (_reach(unknown.any(dim).flatten()) for dim in (3, 2))
-    around, unknown = x[..., rows, columns], unknown[..., rows, columns]  # the rest does not change
+    rows, columns = _reach(unknown.any(1)), _reach(unknown.any(0))
+    around, unknown = x[..., rows, columns], unknown[rows, columns]  # the rest does not change
     residual = (_laplacian(around) - pull * around) * unknown
     direction, size = residual, residual.square().sum((2, 3), keepdim=True)
     for _ in range(min(sweeps, int(unknown.sum()))):
@@ -65,7 +62,7 @@ def _relax(x: Tensor, unknown: Tensor, sweeps: int, pull: float) -> Tensor:
 
 
 def _reach(marked: Tensor) -> slice:
-    """From the neighbour before the first that is marked to the one after the last."""
+    """From one place before the first that is marked to one after the last."""
     first, last = marked.nonzero()[[0, -1], 0].tolist()
     return slice(max(first - 1, 0), last + 2)
 
@@ -107,7 +104,7 @@ def nearest(known: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _overlap(size: int, shift: int) -> slice:
-    """Positions whose neighbour at -shift is inside; empty where none is."""
+    """The positions whose neighbour `shift` before them exists; empty if none has one."""
     return slice(min(max(shift, 0), size), max(min(size, size + shift), 0))
 
 

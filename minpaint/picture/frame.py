@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageChops
 
 from minpaint.errors import InputError, MinpaintWarning
-from minpaint.picture.image import ImageSource, alpha_of, expand, keep_mode, mixable, open_image, restore_mode
+from minpaint.picture.image import ImageSource, alpha_of, expand, keep_mode, open_image, restore_mode
 from minpaint.picture.mask import feather, find_hole, grow
 from minpaint.settings import Settings
 
@@ -36,8 +36,10 @@ class Frame:
         return self.cover.point(lambda level: 255 * (level > 0)).convert("1", dither=Image.Dither.NONE)
 
     def begin(self) -> Image.Image:
-        """The picture to paint in, as L, LA, RGB or RGBA."""
-        return mixable(self.original)
+        """The picture to paint in, as L, LA, RGB or RGBA, in which colours can be mixed."""
+        if self.original.mode == "P":
+            return self.original.convert("RGBA" if "transparency" in self.original.info else "RGB")
+        return self.original.convert("L") if self.original.mode == "1" else self.original
 
     def finish(self, painted: Image.Image) -> Image.Image:
         """What was painted in, in the original's mode; every pixel not touched is the original's."""

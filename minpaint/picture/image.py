@@ -15,35 +15,32 @@ from minpaint.errors import InputError, MinpaintWarning
 
 ImageSource = Image.Image | str | PathLike[str] | BinaryIO
 KEPT_MODES = ("RGB", "RGBA", "L", "LA", "1", "P")
-SPARE = 16  # entries of a palette that new colours need
+SPARE = 16  # unused entries that a palette must have to take new colours
 GAP = 4  # pixels between the pictures of a strip
 
 
 def open_image(source: ImageSource, what: str = "image") -> Image.Image:
     """A fully read picture from a file (turned as its EXIF orientation says) or from memory.
 
-    what: what messages call it. InputError if it is missing, unreadable, truncated or absurdly large.
+    what: its name in messages. InputError if it is missing, unreadable, truncated or absurdly large.
     """
     name = f"{what} {fspath(source)}" if isinstance(source, (str, PathLike)) else f"the {what}"
     if not isinstance(source, (Image.Image, str, PathLike)) and not hasattr(source, "read"):
         raise InputError(f"{what} must be a path or a PIL image, not {type(source).__name__}")
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
-    except FileNotFoundError:
-        raise InputError(f"{name}: no such file") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{name}: too many pixels ({error})") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{name}: not a picture that Pillow can read") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{name}: cannot be read ({error})") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        told: dict[type[Exception], str] = {FileNotFoundError: "no such file"}
+        told[Image.DecompressionBombError] = f"too many pixels ({error})"
+        told[UnidentifiedImageError] = "not a picture that Pillow can read"
+        raise InputError(f"{name}: {told.get(type(error), f'cannot be read ({error})')}") from None
     try:
         image.load()
         if image is not source:
-            if getattr(image, "is_animated", False) and image.format != "MPO":  # whose others are previews
+            if getattr(image, "is_animated", False) and image.format != "MPO":  # whose other pictures are previews
                 warnings.warn(f"{name} holds several pictures; the first is used", MinpaintWarning, stacklevel=2)
             exif = image.getexif()
-            if exif and "exif" not in image.info:  # TIFF keeps it elsewhere, where no copy finds it
+            if exif and "exif" not in image.info:  # a TIFF's is elsewhere, and copies would lack it
                 image.info["exif"] = exif.tobytes()
             image = ImageOps.exif_transpose(image)
         return to_eight_bits(image)
@@ -70,20 +67,13 @@ def keep_mode(image: Image.Image) -> Image.Image:
         grey, info = image.mode.startswith(("I", "F")), dict(image.info)
         kept = "L" if grey else "RGBA" if image.mode in ("PA", "RGBa", "La") else "RGB"
         if not grey:
-            info.pop("icc_profile", None)  # which describes the colours of the mode that is left
+            info.pop("icc_profile", None)  # it is about the colours of the old mode
         image = image.convert(kept)
         image.info = info
     if kept != given:
         told = f"the image is {given}, which cannot be painted in; it is read and written as {kept}"
         warnings.warn(told, MinpaintWarning, stacklevel=2)
     return image
-
-
-def mixable(image: Image.Image) -> Image.Image:
-    """A picture of a kept mode as L, LA, RGB or RGBA, in which colours can be mixed."""
-    if image.mode == "P":
-        return image.convert("RGBA" if "transparency" in image.info else "RGB")
-    return image.convert("L") if image.mode == "1" else image
 
 
 def alpha_of(image: Image.Image) -> Image.Image | None:
@@ -94,7 +84,7 @@ def alpha_of(image: Image.Image) -> Image.Image | None:
 
 
 def restore_mode(worked: Image.Image, original: Image.Image, touched: Image.Image) -> Image.Image:
-    """The original with its touched pixels (mode 1) from a mixable picture; the others are exactly its own.
+    """The original with its touched pixels (mode 1) from a picture in another mode; the others stay its own.
 
     A palette picture gets the new colours in entries that no pixel uses. If it has fewer than
     SPARE of them, it gets the nearest of the opaque colours that it has.
@@ -109,25 +99,24 @@ def restore_mode(worked: Image.Image, original: Image.Image, touched: Image.Imag
 
 
 def _into_palette(part: Image.Image, result: Image.Image) -> Image.Image:
-    """An RGB picture in a palette picture's palette, mode P; what no pixel uses of the palette may change."""
-    palette, clear = _colours(result), result.info.get("transparency")  # an index, or bytes: a level per index
+    """An RGB picture in the palette of another, mode P; entries that the other does not use may change."""
+    palette, clear = _colours(result), result.info.get("transparency")  # None, an index, or a byte per index
     levels = list(clear.ljust(256, b"\xff")) if isinstance(clear, bytes) else [255] * 256
     used = result.histogram()
-    usable = [index for index in range(256) if used[index] and index != clear]
-    spare = [index for index in range(256) if not used[index] and index != clear]
-    if len(spare) >= SPARE:
-        entries = spare
-        part = part.quantize(len(spare), dither=Image.Dither.FLOYDSTEINBERG)
-        for index, colour in zip(spare, _colours(part), strict=False):
-            palette[index] = colour
+    entries = [index for index in range(256) if not used[index] and index != clear]
+    if len(entries) >= SPARE:
+        part = part.quantize(len(entries), dither=Image.Dither.FLOYDSTEINBERG)
+        for index, colour in zip(entries, _colours(part), strict=False):
+            palette[index], levels[index] = colour, 255
+        result.putpalette([level for colour in palette for level in colour])
         if isinstance(clear, bytes):
-            result.info["transparency"] = bytes(255 if index in spare else levels[index] for index in range(256))
+            result.info["transparency"] = bytes(levels)
     else:
-        entries = [index for index in usable if levels[index] == 255] or usable
+        entries = [index for index in range(256) if used[index] and index != clear]
+        entries = [index for index in entries if levels[index] == 255] or entries
         sample = Image.new("P", (1, 1))
         sample.putpalette([level for index in entries for level in palette[index]])
         part = part.quantize(palette=sample)
-    result.putpalette([level for colour in palette for level in colour])
     return part.point([*entries, *[entries[0]] * (256 - len(entries))])
 
 
@@ -140,8 +129,7 @@ def _colours(image: Image.Image) -> list[list[int]]:
 
 def expand(image: Image.Image, margins: tuple[int, int, int, int]) -> Image.Image:
     """The picture with margins (left, top, right, bottom) that repeat its edges; fully opaque there."""
-    left, top, right, bottom = margins
-    width, height = image.size
+    (left, top, right, bottom), (width, height) = margins, image.size
     if not any(margins):
         return image
     grown = image.crop((-left, -top, width + right, height + bottom))  # keeps mode, palette and metadata

@@ -26,9 +26,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom; the last two are ou
 
 
 def find_hole(image: Image.Image, mask: Image.Image | None, settings: Settings) -> Image.Image:
-    """The hole in an image: from its mask, else from its transparent part, and the margins to add.
-
-    The hole has the image's size with its margins, all of which are hole.
+    """The hole in an image: its mask's, else its transparent part; and all of the margins that it will get.
 
     Raises:
         InputError: the mask has another shape than the image, or there is nothing to paint.
@@ -75,8 +73,6 @@ def strongest(hole: Image.Image, size: tuple[int, int]) -> Tensor:
 
 def grow(hole: Image.Image, pixels: int) -> Image.Image:
     """The hole with every pixel within a distance of it added, as strong as the nearest of the hole."""
-    if pixels == 0:
-        return hole
     return _around(hole, pixels, lambda level, distance: level * (distance <= pixels))
 
 
@@ -85,19 +81,18 @@ def feather(hole: Image.Image, pixels: int) -> Image.Image:
 
     Outward only: no pixel of the hole lets the old picture through.
     """
-    cover = hole.point(lambda level: 255 * (level > 0))
-    if pixels == 0:
-        return cover
 
     def fall(level: Tensor, distance: Tensor) -> Tensor:
         x = (1 - distance / (pixels + 1)).clamp(0, 1)
         return torch.where(distance > pixels, 0.0, x * x * (3 - 2 * x))
 
-    return _around(cover, pixels, fall)
+    return _around(hole.point(lambda level: 255 * (level > 0)), pixels, fall)
 
 
 def _around(hole: Image.Image, reach: int, change: Callable[[Tensor, Tensor], Tensor]) -> Image.Image:
     """The hole changed near it: change(level of the nearest pixel of the hole, its distance)."""
+    if reach == 0:
+        return hole
     box = reach_box(hole, reach)
     part = to_unit(hole.crop(box))[0, 0]
     found, distance = nearest(part > 0)
@@ -107,10 +102,8 @@ def _around(hole: Image.Image, reach: int, change: Callable[[Tensor, Tensor], Te
 
 
 def reach_box(hole: Image.Image, reach: int = 0) -> Box:
-    """The box of the hole and the pixels around it, inside the picture."""
-    box = hole.getbbox()
-    assert box is not None  # find_hole saw to it
-    left, top, right, bottom = box
+    """The box of the hole, or of all if it is empty, and so many pixels around it, inside the picture."""
+    left, top, right, bottom = hole.getbbox() or (0, 0, *hole.size)
     return max(left - reach, 0), max(top - reach, 0), min(right + reach, hole.width), min(bottom + reach, hole.height)
 
 

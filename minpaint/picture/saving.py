@@ -21,6 +21,7 @@ from minpaint.errors import InputError, MinpaintError
 from minpaint.picture.frame import Frame
 from minpaint.picture.image import ImageSource, open_image
 
+Record = dict[str, Any]
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; libjpeg's and the format's limits
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -50,10 +51,8 @@ class Receipt:
     lossless: bool
 
     def __str__(self) -> str:
-        told = f"changed pixels outside: {self.changed} of {self.outside}"
-        if self.lossless:
-            return told
-        return f"{told}, by up to {self.largest} levels: JPEG is lossy; PNG, WebP and TIFF keep them exactly"
+        lossy = f", by up to {self.largest} levels: JPEG is lossy; PNG, WebP and TIFF keep them exactly"
+        return f"changed pixels outside: {self.changed} of {self.outside}" + ("" if self.lossless else lossy)
 
 
 def check_target(target: Path, size: tuple[int, int]) -> None:
@@ -63,9 +62,7 @@ def check_target(target: Path, size: tuple[int, int]) -> None:
         raise InputError(f"output {target}: {kind} holds up to {LONGEST_SIDE[kind]} pixels a side; use .png or .tif")
 
 
-def save(
-    image: Image.Image, frame: Frame | None, record: dict[str, Any] | None, target: Path | BinaryIO
-) -> Receipt | None:
+def save(image: Image.Image, frame: Frame | None, record: Record | None, target: Path | BinaryIO) -> Receipt | None:
     """Write a painting to a file, or as PNG to a stream, once it has been read back and compared.
 
     A file is written beside its target and renamed, so that a killed run leaves no half picture,
@@ -94,7 +91,7 @@ def save(
     return receipt
 
 
-def read_record(source: ImageSource) -> dict[str, Any]:
+def read_record(source: ImageSource) -> Record:
     """The record in a file that minpaint wrote; InputError if there is none."""
     image = open_image(source)
     text = image.info.get(RECORD)
@@ -111,7 +108,7 @@ def read_record(source: ImageSource) -> dict[str, Any]:
     return record
 
 
-def _write(image: Image.Image, frame: Frame | None, record: dict[str, Any] | None, kind: str, file: BinaryIO) -> None:
+def _write(image: Image.Image, frame: Frame | None, record: Record | None, kind: str, file: BinaryIO) -> None:
     original = frame.original if frame is not None else Image.new("L", (1, 1))
     exif, text = _exif(original), PngImagePlugin.PngInfo()
     for key, value in original.info.items():
@@ -131,9 +128,7 @@ def _write(image: Image.Image, frame: Frame | None, record: dict[str, Any] | Non
 def _exif(original: Image.Image) -> Image.Exif:
     """An original's EXIF without what is about the old file."""
     given, exif = original.getexif(), Image.Exif()
-    for tag in CARRIED:
-        if tag in given:
-            exif[tag] = given[tag]
+    exif.update({tag: given[tag] for tag in CARRIED if tag in given})
     for folder in (EXIF_FOLDER, GPS_FOLDER):
         exif.get_ifd(folder).update(given.get_ifd(folder))
     exif.get_ifd(EXIF_FOLDER).pop(USER_COMMENT, None)
@@ -142,10 +137,8 @@ def _exif(original: Image.Image) -> Image.Exif:
 
 def _fit(image: Image.Image, kind: str) -> Image.Image:
     """The picture in a mode its format takes: JPEG has no transparency, which goes on white."""
-    if kind != "JPEG" or image.mode in ("L", "RGB"):
+    if kind != "JPEG" or image.mode in ("1", "L", "RGB"):
         return image
-    if image.mode == "1":
-        return image.convert("L")
     clear = image.convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
     return flat.convert("L" if image.mode == "LA" else "RGB")

@@ -43,10 +43,11 @@ def seam_error(picture: Image.Image, hole: Image.Image) -> float:
     the same over the pairs in the neighbourhood that do not cross it. Never below 0; 0 if there
     is no edge.
     """
-    levels = 255 * to_unit(picture.convert("RGB"))[0]
-    inside = to_unit(hole)[0, 0] > 0
+    levels, hole_here = 255 * to_unit(picture.convert("RGB"))[0], (to_unit(hole) > 0).float()
+    size = 2 * NEIGHBOURHOOD + 1
+    with_hole, with_kept = (F.max_pool2d(x, size, 1, NEIGHBOURHOOD)[0, 0] > 0 for x in (hole_here, 1 - hole_here))
+    inside, near = hole_here[0, 0] > 0, with_hole & with_kept
     across, beside = torch.zeros(2), torch.zeros(2)  # sums and counts
-    near = _near_the_edge(inside)
     for _ in range(2):  # along x, then, everything transposed, along y
         if levels.shape[2] >= 4:
             step = levels.diff(dim=2)
@@ -60,11 +61,3 @@ def seam_error(picture: Image.Image, hole: Image.Image) -> float:
     if across[1] == 0:
         return 0.0
     return max(float(across[0] / across[1] - beside[0] / beside[1].clamp(min=1)), 0.0)
-
-
-def _near_the_edge(inside: Tensor) -> Tensor:
-    """[Y, X], True up to NEIGHBOURHOOD pixels from the edge of the hole, on both sides."""
-    size = 2 * NEIGHBOURHOOD + 1
-    x = inside[None, None].float()
-    highest, lowest = (F.max_pool2d(sign * x, size, 1, NEIGHBOURHOOD) for sign in (1, -1))
-    return (highest + lowest)[0, 0] > 0

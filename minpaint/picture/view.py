@@ -58,10 +58,9 @@ class View:
         The part is extended by mirroring, never resampled for it. A latent cell is painted if
         any of its pixels is, and then the network sees none of its pixels.
         """
-        parts = [
-            picture.crop(self.box).convert("RGB").resize(self.size, Image.Resampling.LANCZOS) for picture in pictures
-        ]
-        pixels = torch.cat([mirror(to_pixels(part), self.extent) for part in parts])
+        parts = (picture.crop(self.box).convert("RGB") for picture in pictures)
+        scaled = (to_pixels(part.resize(self.size, Image.Resampling.LANCZOS)) for part in parts)
+        pixels = torch.cat([mirror(part, self.extent) for part in scaled])
         cells = F.max_pool2d(mirror(strongest(self.hole, self.size), self.extent), self.factor)
         return Canvas(pixels, F.interpolate((cells > 0).float(), scale_factor=self.factor), cells)
 
@@ -107,14 +106,9 @@ class ReferenceView:
     blends = False
 
     def __init__(self, frame: Frame, factor: int, least: int = 1) -> None:
-        self.box: Box = (0, 0, *frame.original.size)
-        self.hole = frame.hole
+        self.box, self.hole = (0, 0, *frame.original.size), frame.hole
         self._canvas = reference_canvas(frame.original, frame.mask, factor, least)
-
-    @property
-    def extent(self) -> tuple[int, int]:
-        height, width = self._canvas.blanked.shape[2:]
-        return width, height
+        self.extent = self._canvas.pixels.shape[3], self._canvas.pixels.shape[2]
 
     def canvas(self, pictures: list[Image.Image]) -> Canvas:
         return self._canvas
@@ -163,12 +157,8 @@ def _box_and_size(cover: Image.Image, native: int, context: str | int) -> tuple[
         return (0, 0, width, height), cover.size
     left, top, right, bottom = reach_box(cover)
     longer = max(right - left, bottom - top)
-    if isinstance(context, int):
-        side = max(longer + 2 * context, native // ENLARGED)
-        scale = native / side
-    else:
-        side = max(2 * longer, native)
-        scale = min(native / side, 1.0)
+    side = max(longer + 2 * context, native // ENLARGED) if isinstance(context, int) else max(2 * longer, native)
+    scale = native / side
     across, down = min(side, width), min(side, height)
     x = min(max((left + right - across) // 2, 0), width - across)
     y = min(max((top + bottom - down) // 2, 0), height - down)
