@@ -37,15 +37,15 @@ def load(
         model: a name of the catalogue ("sd15", "sd2"), a hub id ("owner/name[@revision]"), a
             folder in diffusers layout, or one safetensors file in latent diffusion's names.
         device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
-        dtype: "auto", "fp32", "bf16", "fp16" or a torch dtype, for the networks; latents and
-            the sampler's arithmetic stay float32.
+        dtype: of the networks, "auto", "fp32", "bf16", "fp16" or a torch dtype. Latents and the
+            samplers' arithmetic stay float32.
         budget: memory to keep within, like "15GiB" (the default) or a number of bytes: on CUDA
             that of all tensors, on the CPU the whole process's.
         config: a folder in diffusers layout whose configurations and tokenizer describe a
             single file; without it the architecture is told from the tensors' shapes.
 
-    All weights are read and checked here if the budget can hold them together; if not, when they
-    are needed.
+    All weights are loaded and checked here if the budget can hold them together; otherwise when
+    they are needed.
 
     Raises:
         InputError: an argument that cannot be used. CheckpointError: weights or configurations
@@ -55,5 +55,5 @@ def load(
     from minpaint.painter import open_painter
 
     painter = open_painter(model, device, dtype, budget, config)
-    painter.machine.settle()
+    painter.engine.keep_loaded()
     return painter

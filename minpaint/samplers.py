@@ -1,12 +1,12 @@
 """From noise to latents: DDIM, PNDM and DPM-Solver++.
 
-Each sampler is a generator over (model, x, schedule): it calls `model(x, t)` for the
-network's output, moves x to the next noise level and yields a Step. Its whole history is in
-local variables. Nothing here knows devices, progress or random numbers; `ddim` draws noise
-from the source it is given.
+Every sampler is a generator with the same arguments: it calls `model(x, t)` for the network's
+output, moves x to the next noise level and yields a Step. Its whole history is in local variables.
 
-`keep(x, t)` lets the caller hold a part of the latents: it sees every new x with the
-timestep at which the network will see it, None for the last, and returns what to go on with.
+eta, noise: randomness from 0 (none) to 1, and where standard normal noise of x's shape comes
+    from. Only `ddim` has any; the others are deterministic and take no notice of the two.
+keep: called as `keep(x, t)` with every new x and the timestep at which the network will see it,
+    None after the last; returns the x to go on with. So the caller can keep a part of the latents.
 
 Notation as in schedule.py; sigma is sqrt(1 - alpha_bar).
 """
@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from minpaint.errors import InputError
 from minpaint.schedule import Schedule
 
 Model = Callable[[Tensor, int], Tensor]
+Noise = Callable[[], Tensor]
 Keep = Callable[[Tensor, "int | None"], Tensor]
 
 
@@ -42,7 +44,16 @@ class Step(NamedTuple):
 
 
 def keep_nothing(x: Tensor, t: int | None) -> Tensor:
+    """All of x is the sampler's."""
     return x
+
+
+class Sampler(Protocol):
+    """What all samplers are called with; see above."""
+
+    def __call__(
+        self, model: Model, x: Tensor, schedule: Schedule, eta: float = ..., noise: Noise | None = ..., keep: Keep = ...
+    ) -> Iterator[Step]: ...
 
 
 def _calls(schedule: Schedule) -> Iterator[tuple[int, int, int | None]]:
@@ -53,19 +64,18 @@ def _calls(schedule: Schedule) -> Iterator[tuple[int, int, int | None]]:
 
 
 def ddim(
-    model: Model,
-    x: Tensor,
-    schedule: Schedule,
-    eta: float = 0.0,
-    noise: Callable[[], Tensor] | None = None,
-    keep: Keep = keep_nothing,
+    model: Model, x: Tensor, schedule: Schedule, eta: float = 0.0, noise: Noise | None = None, keep: Keep = keep_nothing
 ) -> Iterator[Step]:
     """Denoising diffusion implicit models (Song et al. 2021, arXiv:2010.02502).
 
-    Equation 12, with sigma_t(eta) of equation 16: eta 0 is deterministic, eta 1 is DDPM.
-    `noise` gives standard normal noise of x's shape for eta > 0. A clipped x0 leaves eps as
-    the network gave it, as the reference does.
+    Equation 12, with sigma_t(eta) of equation 16: eta 0 is deterministic, eta 1 is DDPM. A
+    clipped x0 leaves eps as the network gave it, as the reference does.
+
+    Raises:
+        InputError: eta > 0 and no source of noise.
     """
+    if eta > 0 and noise is None:
+        raise InputError(f"ddim with eta {eta:g} adds noise at every step; give it a source of noise, or eta 0")
     for i, t, t_next in _calls(schedule):
         x0, eps = schedule.split(model(x, t), x, t)
         if schedule.clip is not None:
@@ -75,13 +85,15 @@ def ddim(
         deviation = eta * math.sqrt(max((1 - then) / (1 - now) * (1 - now / then), 0.0))
         direction = math.sqrt(max(1 - then - deviation**2, 0.0))
         x = math.sqrt(then) * x0 + direction * eps
-        if eta > 0 and noise is not None:
+        if noise is not None and eta > 0:
             x = x + deviation * noise()
         x = keep(x, t_next)
         yield Step(i, t, x, x0, eps, len(schedule.timesteps))
 
 
-def pndm(model: Model, x: Tensor, schedule: Schedule, keep: Keep = keep_nothing) -> Iterator[Step]:
+def pndm(
+    model: Model, x: Tensor, schedule: Schedule, eta: float = 0.0, noise: Noise | None = None, keep: Keep = keep_nothing
+) -> Iterator[Step]:
     """Pseudo numerical methods for diffusion models (Liu et al. 2022, arXiv:2202.09778).
 
     With a warm-up in the schedule: three pseudo Runge-Kutta steps (equation 13), then the
@@ -146,7 +158,9 @@ def _transfer(schedule: Schedule, output: Tensor, x: Tensor, start: int, end: in
     return math.sqrt(then / now) * x - ((then - now) / divisor) * eps
 
 
-def dpmpp(model: Model, x: Tensor, schedule: Schedule, keep: Keep = keep_nothing) -> Iterator[Step]:
+def dpmpp(
+    model: Model, x: Tensor, schedule: Schedule, eta: float = 0.0, noise: Noise | None = None, keep: Keep = keep_nothing
+) -> Iterator[Step]:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2).
 
     A multistep method of order 2 in the log signal-to-noise ratio lambda, over the predicted
@@ -175,3 +189,6 @@ def dpmpp(model: Model, x: Tensor, schedule: Schedule, keep: Keep = keep_nothing
 def _log_snr(alpha_bar: float) -> float:
     """lambda = log(sqrt(alpha_bar) / sigma)."""
     return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+
+
+SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "pndm": pndm, "dpmpp": dpmpp}

@@ -67,6 +67,8 @@ class Schedule:
     alpha_bar_end: the level that lies before timestep 0.
     warm_up: the Runge-Kutta calls of PNDM before any were left out for `strength`, else empty.
     clip: bound on the predicted x0, or None.
+    strength: 1 if the run starts from noise alone; below 1 it starts from a noised picture, and
+        the first timesteps are left out.
     """
 
     alpha_bar: tuple[float, ...]
@@ -76,6 +78,7 @@ class Schedule:
     prediction: str
     warm_up: tuple[int, ...] = ()
     clip: float | None = None
+    strength: float = 1.0
 
     def level(self, t: int) -> float:
         """alpha_bar at a timestep; anything before timestep 0 is the end of the run."""
@@ -153,6 +156,7 @@ def make_schedule(
         prediction=config.prediction,
         warm_up=warm_up,
         clip=config.clip_sample_range if clips else None,
+        strength=strength,
     )
 
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import minpaint
-from minpaint.engine import run as machine
+import minpaint.engine.run
 from minpaint.painter import Painter
 from weights.random_checkpoint import FAMILIES, write_checkpoint
 
@@ -115,7 +115,7 @@ def painter(checkpoint: Callable[[str], Path]) -> Callable[[str], Painter]:
 @pytest.fixture
 def without_base(monkeypatch: pytest.MonkeyPatch) -> None:
     """Count what a run adds to the process, which in a test holds much else."""
-    monkeypatch.setattr(machine, "used_memory", lambda device: 0)
+    monkeypatch.setattr(minpaint.engine.run, "used_memory", lambda device: 0)
 
 
 @pytest.fixture

@@ -25,11 +25,16 @@ MAY_IMPORT = {
     "picture": {"errors", "settings"},
     "checkpoint": {"errors", "schedule", "models"},
     "engine": {"errors", "models", "checkpoint"},
-    "painter": {*CORE, "settings", "picture", "checkpoint", "engine"},
-    "cli": {*CORE, "settings", "picture", "checkpoint", "engine", "painter", "__init__"},
+    "inpaint": {"schedule", "samplers", "models", "picture"},
+    "painter": {*CORE, "settings", "inpaint", "picture", "checkpoint", "engine"},
+    "cli": {*CORE, "settings", "inpaint", "picture", "checkpoint", "engine", "painter", "__init__"},
     "__init__": {"errors", "painter"},
     "__main__": {"cli"},
 }
+
+# The most lines, with comments and blank ones, that a part of the house may have.
+BUDGETS = {"core": 1400, "painter": 250, "picture": 1000, "checkpoint": 1150, "engine": 1650, "cli": 450}
+LONGEST = 350
 
 
 def tree(name: str) -> ast.Module:
@@ -65,6 +70,23 @@ def test_every_file_belongs_to_a_wing() -> None:
     assert {wing(name) for name in FILES} == set(MAY_IMPORT)
 
 
+def test_the_house_stays_within_its_line_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
+    sums = dict.fromkeys(BUDGETS, 0)
+    for name, count in lines.items():
+        sums[wing(name) if wing(name) in BUDGETS else "core"] += count
+    with capsys.disabled():
+        print("\n" + "\n".join(f"{part:10} {count:5} of {BUDGETS[part]:5} lines" for part, count in sums.items()))
+    assert {part: count for part, count in sums.items() if count > BUDGETS[part]} == {}
+    assert {name: count for name, count in lines.items() if count > LONGEST} == {}
+
+
+def test_the_algorithm_sees_of_the_pictures_only_the_canvas() -> None:
+    assert {module for module in imports("inpaint.py") if "picture" in module} == {"minpaint.picture.canvas"}
+    source = FILES["inpaint.py"].read_text(encoding="utf-8")
+    assert not re.findall(r"(?i)memory|device|cuda|warn|profile|budget|dtype", source)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_imports_only_from_wings_that_its_own_may_use(name: str) -> None:
     used = {([*module.split("."), "__init__"])[1] for module in imports(name) if module.split(".")[0] == "minpaint"}
@@ -91,7 +113,10 @@ def test_diffusers_is_for_tests_and_bench_only(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FILES if wing(name) != "engine"])
 def test_devices_are_the_business_of_the_engine(name: str) -> None:
-    assert not names_used(name) & {"cuda", "no_grad", "autocast", "empty_cache", "backends"}
+    assert not names_used(name) & {"cuda", "no_grad", "inference_mode", "autocast", "empty_cache", "backends"}
+    compared = [node for node in ast.walk(tree(name)) if isinstance(node, ast.Compare)]
+    strings = {node.value for each in compared for node in ast.walk(each) if isinstance(node, ast.Constant)}
+    assert not strings & {"cuda", "cpu"}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if wing(name) == "models"])

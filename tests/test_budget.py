@@ -11,19 +11,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import largest_level_difference, make_mask, make_picture, mean_level_difference, relative_error
+from minpaint.engine.budget import capped, is_out_of_memory, release_cached, used_memory
+from minpaint.engine.device import has_bfloat16_kernels
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 import minpaint
-import minpaint.engine.plan
 from minpaint.cli.main import main
-from minpaint.engine import fast, residency
-from minpaint.engine import run as machine
+from minpaint.engine import fast
 from minpaint.engine.measure import measure
-from minpaint.engine.memory import capped, give_back, has_bfloat16_kernels, is_out_of_memory, used_memory
-from minpaint.engine.plan import Request
+from minpaint.engine.plan import Planner, Request
+from minpaint.engine.run import Engine, Run
 from minpaint.errors import MinpaintWarning
-from minpaint.painter import Painter, open_frame, open_painter
+from minpaint.models.networks import PlainNetworks
+from minpaint.painter import Painter, open_painter
+from minpaint.picture.frame import open_frame
 from minpaint.settings import Settings
 
 Folders = Callable[[str], Path]
@@ -34,33 +36,45 @@ needs_bfloat16_kernels = pytest.mark.skipif(
 UNLIMITED = 2**50
 
 
-def reopened(folder: Path, dtype: str, like: Painter | None = None) -> Painter:
-    """A painter whose networks are out, but would stay if there is room; `like` has measured already."""
+def compute_in(engine: Engine, arithmetic: torch.dtype) -> None:
+    """Have an engine plan as on a processor that is quickest in a number format, whatever this one is."""
+    architecture = engine.checkpoint.architecture
+    engine.planners[engine.dtype] = Planner(architecture, engine.device, engine.dtype, arithmetic)
+
+
+def reopened(folder: Path, dtype: str, like: Painter | None = None, arithmetic: torch.dtype | None = None) -> Painter:
+    """A painter whose networks are offloaded, but stay if there is room; `like` has measured already."""
     ours = open_painter(folder, "cpu", dtype, None, None)
-    ours.machine.settled = True
+    ours.engine.keeps = True
+    if arithmetic is not None:
+        compute_in(ours.engine, arithmetic)
     if like is not None:
-        ours.machine.planners = like.machine.planners
+        ours.engine.planners = like.engine.planners
     return ours
+
+
+def run_of(ours: Painter, request: Request) -> Run:
+    return ours.engine.run(request, PlainNetworks(ours.unet, ours.vae, ours.text_encoder, ours.tokenizer))
 
 
 def budgets_of(ours: Painter, request: Request) -> list[int]:
     """Seven budgets from the smallest that can hold a run to one without limit."""
-    planner = ours.machine.planner
+    planner = ours.engine.planner()
     least, most = planner.least(request, 0), planner.choose(request, UNLIMITED, 0).peak
     return [*(least + (most - least) * k // 5 for k in range(6)), UNLIMITED]
 
 
-def painted_by_plan(folder: Path, dtype: str) -> dict[tuple[str, ...], list[Image.Image]]:
+def painted_by_plan(folder: Path, dtype: str, arithmetic: torch.dtype) -> dict[tuple[str, ...], list[Image.Image]]:
     """What is painted within every budget of `budgets_of`, by how it was done; the last one without limit."""
     picture, mask = make_picture(96, 64), make_mask(96, 64)
     call = {"steps": 3, "count": 2, "eta": 0.5, "seed": 3}
-    first = reopened(folder, dtype)
+    first = reopened(folder, dtype, arithmetic=arithmetic)
     frame, settings = open_frame(picture, mask, Settings("a dog")), Settings("a dog", count=2)
     request = first.request(frame, settings, first.views(frame, settings))
     seen: dict[tuple[str, ...], list[Image.Image]] = {}
     for budget in budgets_of(first, request):
         ours = reopened(folder, dtype, first)
-        ours.machine.budget = budget
+        ours.engine.budget = budget
         images = [painting.image for painting in ours(picture, mask, "a dog", **call)]
         assert ours.last_run is not None
         assert ours.last_run.plan.peak <= budget
@@ -72,11 +86,8 @@ def painted_by_plan(folder: Path, dtype: str) -> dict[tuple[str, ...], list[Imag
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype", "levels"), [("small-sd1", "fp32", 1), ("small-sd2", "bf16", 2)])
 @pytest.mark.usefixtures("without_base")
-def test_any_budget_gives_the_same_picture(
-    checkpoint: Folders, family: str, dtype: str, levels: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(minpaint.plan, "choose_arithmetic", lambda *_: torch.float32)  # whatever the processor has
-    *others, unlimited = painted_by_plan(checkpoint(family), dtype).values()
+def test_any_budget_gives_the_same_picture(checkpoint: Folders, family: str, dtype: str, levels: int) -> None:
+    *others, unlimited = painted_by_plan(checkpoint(family), dtype, torch.float32).values()
     for images in others:
         assert max(map(largest_level_difference, images, unlimited)) <= levels
 
@@ -85,12 +96,11 @@ def test_any_budget_gives_the_same_picture(
 @needs_bfloat16_kernels
 @pytest.mark.usefixtures("without_base")
 def test_any_budget_is_as_near_to_float32_where_the_processor_computes_in_bfloat16(
-    checkpoint: Folders, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Folders,
 ) -> None:
     """Kernels for other batches add in another order, and a sum that is rounded otherwise changes all that follows."""
-    monkeypatch.setattr(minpaint.plan, "choose_arithmetic", lambda device, dtype: dtype)
-    *_, exact = painted_by_plan(checkpoint("small-sd2"), "fp32").values()
-    seen = painted_by_plan(checkpoint("small-sd2"), "bf16").values()
+    *_, exact = painted_by_plan(checkpoint("small-sd2"), "fp32", torch.float32).values()
+    seen = painted_by_plan(checkpoint("small-sd2"), "bf16", torch.bfloat16).values()
     distances = [sum(map(mean_level_difference, images, exact)) for images in seen]
     assert 0 < max(distances) < 1.5 * min(distances)
 
@@ -106,90 +116,92 @@ def test_what_a_run_takes_is_what_was_planned(checkpoint: Folders, family: str, 
     request = first.request(frame, settings, first.views(frame, settings))
     for budget in budgets_of(first, request)[::3]:
         ours = reopened(checkpoint(family), dtype, first)
-        ours.machine.budget = budget
-        ours.machine.planner.choose(request, budget, 0)  # measures on the meta device, out of what is counted
+        ours.engine.budget = budget
+        ours.engine.planner().choose(request, budget, 0)  # measures on the meta device, out of what is counted
         taken = measure(lambda ours=ours: ours.paint(frame, settings)).total
         assert ours.last_run is not None
         phases = ours.last_run.plan.phases.values()
-        planned = max(phase.weights + phase.others + phase.working for phase in phases)
+        planned = max(phase.weights + phase.others + phase.activations for phase in phases)
         assert 0.9 * planned <= taken <= planned, [phase.how for phase in phases]
 
 
+def doubled_inputs(ours: Painter) -> tuple[Tensor, Tensor, Tensor]:
+    """A latent twice, its timesteps, and the contexts of two prompts."""
+    context = torch.randn(2, 77, ours.unet_config.context_dim, dtype=ours.dtype)
+    return torch.randn(1, 9, 8, 8).repeat(2, 1, 1, 1), torch.tensor([501.0, 501.0]), context
+
+
 @pytest.mark.usefixtures("without_base")
-def test_filters_are_held_where_there_is_room(checkpoint: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filters_are_cached_where_there_is_room(checkpoint: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, small in (("NARROW", 8), ("SMALL", 5 * 5), ("SMALLEST", 4 * 4)):  # as the networks of tests are
         monkeypatch.setattr(fast, name, small)
-    monkeypatch.setattr(minpaint.plan, "choose_arithmetic", lambda *_: torch.float32)  # whatever the processor has
     request = Request(64, 64)
     full = minpaint.load(checkpoint("small-sd2"), "cpu", "fp32")
-    planner = full.machine.planner
-    held, half = (each.choose(request, UNLIMITED, 0) for each in (planner, full.machine.planner_in(torch.bfloat16)))
-    plain = planner.choose(request, held.peak - 1, 0)
+    planner = full.engine.planner()
+    widened = Planner(planner.architecture, full.device, torch.bfloat16, torch.float32)
+    cached, half = (each.choose(request, UNLIMITED, 0) for each in (planner, widened))
+    plain = planner.choose(request, cached.peak - 1, 0)
     assert plain.resident
-    assert half.phases["denoise"].held == plain.phases["denoise"].held == 0
+    assert half.phases["denoise"].cached == plain.phases["denoise"].cached == 0
     for large_or_short in (Request(1024, 1024), Request(64, 64, steps=5)):
-        assert planner.choose(large_or_short, UNLIMITED, 0).phases["denoise"].held == 0
+        assert planner.choose(large_or_short, UNLIMITED, 0).phases["denoise"].cached == 0
 
-    x, t, context = torch.randn(1, 9, 8, 8), torch.tensor([501.0]), torch.randn(2, 77, full.unet_config.context_dim)
+    x, t, context = doubled_inputs(full)
     outputs = []
-    for plan in (held, plain):
-        full.machine.budget, phase = plan.peak, plan.phases["denoise"]
-        run = machine.Run(full.machine, request, full)
-        first, again = (measure(lambda run=run: outputs.append(run.unet(x, t, context))).total for _ in range(2))
-        tensors = [part for forms in run.held.values() for parts in forms.values() for part in parts]
-        assert {len(part) for part in tensors} == ({16, 36} if plan is held else set())
-        assert sum(part.nbytes for part in tensors) == phase.held
-        assert first <= phase.held + phase.working
-        assert again <= phase.working
-        run.close()
-        assert not run.held
+    for plan in (cached, plain):
+        full.engine.budget, phase = plan.peak, plan.phases["denoise"]
+        with run_of(full, request) as run:
+            first, again = (measure(lambda run=run: outputs.append(run.unet(x, t, context))).total for _ in range(2))
+            tensors = [part for forms in run.calls.cache.values() for parts in forms.values() for part in parts]
+            assert {len(part) for part in tensors} == ({16, 36} if plan is cached else set())
+            assert sum(part.nbytes for part in tensors) == phase.cached
+            assert first <= phase.cached + phase.activations
+            assert again <= phase.activations
+        assert not run.calls.cache
         hook = full.unet.conv_out.register_forward_hook(lambda *_: None)
-        outputs.append(run.unet(x, t, context))  # who looks sees the layers as they are
-        assert not run.held
+        with run:
+            outputs.append(run.unet(x, t, context))  # who looks sees the layers as they are
+            assert not run.calls.cache
         hook.remove()
-        run.close()
     assert all(relative_error(output, outputs[0]) < 1e-5 for output in outputs)
 
 
 @needs_bfloat16_kernels
 @pytest.mark.usefixtures("without_base")
-def test_packed_weights_are_held_where_the_processor_computes_in_bfloat16(
-    checkpoint: Folders, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(minpaint.plan, "choose_arithmetic", lambda device, dtype: dtype)
+def test_packed_weights_are_cached_where_the_processor_computes_in_bfloat16(checkpoint: Folders) -> None:
     full, request = minpaint.load(checkpoint("small-sd2"), "cpu", "bf16"), Request(64, 64, steps=2)
-    assert full.machine.planner_in(torch.float16).choose(request, UNLIMITED, 0).phases["denoise"].held == 0
-    held = full.machine.planner.choose(request, UNLIMITED, 0)
-    full.machine.budget, phase = held.peak, held.phases["denoise"]
+    compute_in(full.engine, torch.bfloat16)
+    assert full.engine.planner(torch.float16).choose(request, UNLIMITED, 0).phases["denoise"].cached == 0
+    cached = full.engine.planner().choose(request, UNLIMITED, 0)
+    full.engine.budget, phase = cached.peak, cached.phases["denoise"]
     convolutions = {module: module.weight for module in full.unet.modules() if isinstance(module, nn.Conv2d)}
-    assert phase.held == sum(weight.nbytes for weight in convolutions.values())
+    assert phase.cached == sum(weight.nbytes for weight in convolutions.values())
 
-    x, t, context = torch.randn(1, 9, 8, 8), torch.tensor([501.0]), torch.randn(2, 77, full.unet_config.context_dim)
-    run, outputs = machine.Run(full.machine, request, full), []
-    first, again = (measure(lambda: outputs.append(run.unet(x, t, context.bfloat16()))).total for _ in range(2))
-    assert first <= phase.held + phase.working
-    assert again <= phase.working
-    assert run.held.keys() == convolutions.keys()
-    run.close()
+    x, t, context = doubled_inputs(full)
+    outputs = []
+    with run_of(full, request) as run:
+        first, again = (measure(lambda: outputs.append(run.unet(x, t, context))).total for _ in range(2))
+        assert first <= phase.cached + phase.activations
+        assert again <= phase.activations
+        assert run.calls.cache.keys() == convolutions.keys()
     full.unet.conv_out.register_forward_hook(lambda *_: None)  # who looks sees the layers as they are
-    outputs.append(run.unet(x, t, context.bfloat16()))
-    assert not run.held
+    with run:
+        outputs.append(run.unet(x, t, context))
+        assert not run.calls.cache
     assert torch.equal(outputs[0], outputs[1])
     assert relative_error(outputs[0], outputs[2]) < 2e-2
 
 
 @pytest.mark.usefixtures("without_base")
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(
-    checkpoint: Folders, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Folders,
 ) -> None:
-    monkeypatch.setattr(residency.Part, "_bring", lambda *_: pytest.fail("read weights"))
     ours = open_painter(checkpoint("small-sd1"), "cpu", "fp32", "60MiB", None)
     with pytest.raises(minpaint.BudgetError, match="the smallest budget that can is") as caught:
         ours(make_picture(256, 256), make_mask(256, 256), "a dog", context="whole")
+    assert not any(weights.resident_size for weights in ours.engine.weights.values())
     smallest = re.search(r"can is (\d+MiB)", str(caught.value))
     assert smallest
-    monkeypatch.undo()
-    monkeypatch.setattr(machine, "used_memory", lambda device: 0)
     ours = open_painter(checkpoint("small-sd1"), "cpu", "fp32", smallest[1], None)
     ours(make_picture(256, 256), make_mask(256, 256), "a dog", context="whole", steps=1)
 
@@ -201,7 +213,7 @@ def test_the_smallest_budget_named_by_the_command_line_is_enough(
     make_mask().save(tmp_path / "mask.png")
     call = ["paint", "--model", str(checkpoint("small-sd1")), "--image", str(tmp_path / "photo.png"), "--steps", "2"]
     call += ["--mask", str(tmp_path / "mask.png"), "--prompt", "a dog", "-o", str(tmp_path / "out.png")]
-    give_back(torch.device("cpu"))
+    release_cached(torch.device("cpu"))
     held = used_memory(torch.device("cpu"))
     assert main([*call, "--budget", str(held + 10**6)]) == 3
     error = capsys.readouterr().err

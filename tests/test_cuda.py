@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_FAMILIES, largest_level_difference, relative_error
+from minpaint.engine.budget import capped, is_out_of_memory, release_cached, used_memory
 from PIL import Image
 
 import minpaint
-from minpaint.engine.memory import capped, give_back, is_out_of_memory, used_memory
-from minpaint.engine.residency import divide
-from minpaint.painter import Painter, open_frame, open_painter
+from minpaint.engine.residency import split_weights
+from minpaint.painter import Painter, open_painter
+from minpaint.picture.frame import open_frame
 from minpaint.settings import Settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
@@ -78,9 +79,9 @@ def test_any_budget_is_kept_and_gives_the_same_picture(
     settings = Settings("a dog", steps=4, eta=0.5, count=2)
     frame, seen = open_frame(picture, mask, settings), {}
     probe = open_painter(checkpoint("small-sd2"), "cuda", "fp16", None, None)
-    request, base = probe.request(frame, settings, probe.views(frame, settings)), probe.machine.base
-    least = probe.machine.planner.least(request, base)
-    most = probe.machine.planner.choose(request, 2**50, base).peak
+    request, base = probe.request(frame, settings, probe.views(frame, settings)), probe.engine.base
+    least = probe.engine.planner().least(request, base)
+    most = probe.engine.planner().choose(request, 2**50, base).peak
     for share in (0, 0.2, 0.4, 0.6, 0.8, 1, 100):
         budget = int(least + share * (most - least))
         ours = open_painter(checkpoint("small-sd2"), "cuda", "fp16", budget, None)
@@ -96,7 +97,7 @@ def test_any_budget_is_kept_and_gives_the_same_picture(
 
 def test_the_allocator_refuses_to_go_beyond_the_budget() -> None:
     device = torch.device("cuda")
-    give_back(device)
+    release_cached(device)
     with capped(device, used_memory(device) + 64 * 2**20), pytest.raises(torch.cuda.OutOfMemoryError) as caught:
         torch.empty(128 * 2**20, dtype=torch.uint8, device=device)
     assert is_out_of_memory(caught.value)
@@ -104,17 +105,16 @@ def test_the_allocator_refuses_to_go_beyond_the_budget() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_weights_that_flow_over_a_stream_of_their_own_are_the_files(
-    checkpoint: Callable[[str], Path], dtype: str
-) -> None:
+def test_weights_streamed_beside_the_computing_are_the_files(checkpoint: Callable[[str], Path], dtype: str) -> None:
     resident = minpaint.load(checkpoint("small-sd2"), "cuda", dtype)
-    flowing = open_painter(checkpoint("small-sd2"), "cuda", dtype, None, None)
-    part = flowing.machine.parts["unet"]
-    part.come(divide(part.directory, part.dtype, flowing.machine.planner.order("unet"), 0))
-    assert part.flow is not None
-    x, context = (torch.randn(size, device="cuda", dtype=part.dtype) for size in ((2, 9, 32, 32), (2, 77, 64)))
+    streamed = open_painter(checkpoint("small-sd2"), "cuda", dtype, None, None)
+    weights = streamed.engine.weights["unet"]
+    split = split_weights(weights.directory, weights.dtype, streamed.engine.planner().order("unet"), 0)
+    assert split.chunks
+    weights.load(split)
+    x, context = (torch.randn(size, device="cuda", dtype=weights.dtype) for size in ((2, 9, 32, 32), (2, 77, 64)))
     t = torch.tensor([5, 9], device="cuda")
     with torch.inference_mode():
         expected = resident.unet(x, t, context)
         for _ in range(10):
-            assert torch.equal(flowing.unet(x, t, context), expected)
+            assert torch.equal(streamed.unet(x, t, context), expected)

@@ -14,11 +14,11 @@ from conftest import make_mask, make_picture, relative_error
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from minpaint.checkpoint.configs import unet_config, vae_config
-from minpaint.engine import run as machine
 from minpaint.engine.measure import measure
 from minpaint.models.unet import UNet
 from minpaint.models.vae import VAE
-from minpaint.painter import open_frame, open_painter
+from minpaint.painter import open_painter
+from minpaint.picture.frame import open_frame
 from minpaint.settings import Settings
 from weights.random_checkpoint import FAMILIES, randomise, write_checkpoint
 
@@ -72,21 +72,21 @@ def test_vae_equals_the_reference_at_full_size() -> None:
     assert max(errors) < TOLERANCE
 
 
-def test_a_run_at_full_size_takes_what_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("without_base")
+def test_a_run_at_full_size_takes_what_was_planned(tmp_path: Path) -> None:
     """From files in half precision as the official ones, so that no weight is mapped and none uncounted."""
-    monkeypatch.setattr(machine, "used_memory", lambda device: 0)  # what the other tests left does not count
     folder = write_checkpoint(tmp_path, FAMILIES["sd15"], dtype=torch.float16, variant="fp16")
     settings = Settings("two dogs on a bench", steps=1)
     frame = open_frame(make_picture(256, 256), make_mask(256, 256), settings)
     ours = open_painter(folder, "cpu", "bf16", "1.5GiB", None)
     request = ours.request(frame, settings, ours.views(frame, settings))
-    ours.machine.planner.choose(request, 2**50, 0)  # measured once, on the meta device
+    ours.engine.planner().choose(request, 2**50, 0)  # measured once, on the meta device
     taken = measure(partial(ours.paint, frame, settings)).total
     assert ours.last_run is not None
     plan = ours.last_run.plan
-    planned = max(phase.weights + phase.others + phase.working for phase in plan.phases.values())
+    planned = max(phase.weights + phase.others + phase.activations for phase in plan.phases.values())
     print(f"{plan.phases['denoise'].how}: planned {planned / 2**20:.1f} MiB, taken {taken / 2**20:.1f} MiB")
-    assert plan.phases["denoise"].division is not None
+    assert plan.phases["denoise"].split is not None
     assert 0.9 * planned <= taken <= planned
 
 

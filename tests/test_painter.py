@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -11,16 +12,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import largest_level_difference, make_mask, make_picture, relative_error
+from minpaint.engine.budget import parse_budget
+from minpaint.engine.device import choose_device, choose_dtype
 from PIL import Image
 
 import minpaint
-import minpaint.painter
-from minpaint.engine.memory import choose_device, choose_dtype, parse_budget
 from minpaint.errors import MinpaintWarning
 from minpaint.painter import Painter
 from minpaint.picture.frame import open_frame
 
 Paint = Callable[[str], Painter]
+Folders = Callable[[str], Path]
 
 
 @pytest.mark.parametrize("family", ["small-sd1", "small-sd1-4ch"])
@@ -432,6 +434,20 @@ def test_a_hole_that_the_references_scaling_loses_is_refused(painter: Paint, pic
     with pytest.raises(minpaint.InputError, match="nothing to paint"):
         painter("small-sd1")(picture, mask, "a dog", steps=2, profile="diffusers")
     painter("small-sd1")(picture, mask, "a dog", steps=2)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (8, 8), (9, 16)])
+def test_a_picture_too_small_for_the_norms_is_mirrored_up_or_refused(copy: Folders, size: tuple[int, int]) -> None:
+    """Groups of a single channel have nothing to be normalised by on a map of a single cell."""
+    config = copy("small-sd1") / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"norm_num_groups": 32}))
+    ours = minpaint.load(config.parent.parent, device="cpu")
+    image, mask = make_picture(*size), Image.new("L", size, 255)
+    [painting] = ours(image, mask, "a dog", steps=2)
+    assert painting.image.size == size
+    if min(size) >= 8:
+        with pytest.raises(minpaint.InputError, match=f"{size[0]}x{size[1]}.*minpaint"):
+            ours(image, mask, "a dog", steps=2, profile="diffusers")
 
 
 def test_colour_matching_is_on_and_can_be_turned_off(painter: Paint, picture: Image.Image, mask: Image.Image) -> None:

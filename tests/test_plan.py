@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_mask, make_picture
+from minpaint.engine.budget import choose_budget, used_memory
 
 import minpaint
 from minpaint.checkpoint.architecture import Architecture, blank_models, split_vae
@@ -20,9 +21,8 @@ from minpaint.checkpoint.load import outline
 from minpaint.checkpoint.tensorfile import Stored
 from minpaint.cli.main import main
 from minpaint.engine.measure import measure
-from minpaint.engine.memory import choose_budget, used_memory
 from minpaint.engine.plan import PHASES, Plan, Planner, Request
-from minpaint.engine.residency import divide
+from minpaint.engine.residency import split_weights
 from minpaint.errors import MinpaintWarning
 from minpaint.painter import open_painter
 from weights.random_checkpoint import FAMILIES
@@ -76,32 +76,32 @@ def test_planned_peaks_of_the_official_shapes(family: str, capsys: pytest.Captur
     assert (1024, 1, 1) in fits
     assert (2048, 1, 4) in fits
     assert fits[512, 1, 15].resident
-    assert fits[512, 1, 0.5].phases["denoise"].division is not None  # its weights flow
+    assert fits[512, 1, 0.5].phases["denoise"].split is not None  # its weights are streamed
     planner.choose(Request(2048, 2048), 3 * GIB, 0)
     planner.choose(Request(4096, 4096), 10 * GIB, 0)
 
 
 def test_more_memory_never_plans_less_speed() -> None:
-    """With a larger budget nothing is split or sent away that was not before."""
+    """With a larger budget nothing is split or offloaded that was not before."""
     planner = Planner(architecture("sd15"), torch.device("cuda"), torch.float16)
     request, before = Request(768, 512, 2), None
     for budget in range(planner.least(request, 0), 6 * GIB, GIB // 5):
         plan = planner.choose(request, budget, 0)
         assert plan.peak <= budget
         phases = plan.phases
-        ease = (plan.resident, phases["denoise"].division is None, -(phases["decode"].bands or 0))
+        ease = (plan.resident, phases["denoise"].split is None, -(phases["decode"].strategy.bands or 0))
         assert before is None or ease >= before
         before = ease
 
 
 def test_for_one_painting_no_network_stays(checkpoint: Folders) -> None:
-    """As the command line paints: every network would come once anyway."""
+    """As the command line paints: every network would be loaded once anyway."""
     ours = open_painter(checkpoint("small-sd1"), "cpu", "fp32", None, None)
     ours(make_picture(), make_mask(), "a dog", steps=1)
-    assert {name for name, part in ours.machine.parts.items() if part.held} == {"decoder"}
+    assert {name for name, weights in ours.engine.weights.items() if weights.resident_size} == {"decoder"}
     ours = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32")
     ours(make_picture(), make_mask(), "a dog", steps=1)
-    assert {name for name, part in ours.machine.parts.items() if part.held} == set(PHASES.values())
+    assert {name for name, weights in ours.engine.weights.items() if weights.resident_size} == set(PHASES.values())
 
 
 def test_the_smallest_budget_is_the_smallest() -> None:
@@ -147,26 +147,25 @@ def test_an_operation_worked_out_once_counts_as_every_time(monkeypatch: pytest.M
 def test_attention_without_a_fused_kernel_is_planned_in_slices() -> None:
     planner = Planner(architecture("sd15"), torch.device("cuda"), torch.bfloat16)
     fused = planner.choose(Request(1024, 1024), 4 * GIB, 0)
-    planner = Planner(architecture("sd15"), torch.device("cuda"), torch.bfloat16)
-    planner.fused = False
+    planner = Planner(architecture("sd15"), torch.device("cuda"), torch.bfloat16, fused=False)
     sliced = planner.choose(Request(1024, 1024), 4 * GIB, 0)
-    assert fused.phases["denoise"].query_rows is None
-    assert sliced.phases["denoise"].query_rows is not None
+    assert fused.phases["denoise"].strategy.query_rows is None
+    assert sliced.phases["denoise"].strategy.query_rows is not None
     assert sliced.peak <= 4 * GIB
 
 
 @pytest.mark.parametrize("room", [0, 10**8, 3 * 10**8, 10**9, 10**12])
-def test_weights_that_stay_and_flow_are_all_weights_once(room: int) -> None:
+def test_resident_and_streamed_weights_are_all_weights_once(room: int) -> None:
     planner = Planner(architecture("sd15"), torch.device("cuda"), torch.float16)
     directory, order = planner.architecture.directories["unet"], planner.order("unet")
-    division = divide(directory, torch.float16, order, room)
-    moving = [name for chunk in division.chunks for name in chunk]
-    assert sorted([*moving, *division.stay]) == sorted(directory)
-    ranks = [order.index(name.rpartition(".")[0]) for name in moving]
+    split = split_weights(directory, torch.float16, order, room)
+    streamed = [name for chunk in split.chunks for name in chunk]
+    assert sorted([*streamed, *split.resident]) == sorted(directory)
+    ranks = [order.index(name.rpartition(".")[0]) for name in streamed]
     assert ranks == sorted(ranks)
     if room >= 10**9:
-        assert division.size <= room
-    assert (not division.chunks) == (room == 10**12)
+        assert split.size <= room
+    assert (not split.chunks) == (room == 10**12)
 
 
 def test_plan_prints_a_table_or_json(checkpoint: Folders, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,10 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from torch import Tensor
 
+from minpaint import settings
 from minpaint.checkpoint.configs import scheduler_config
 from minpaint.errors import InputError
-from minpaint.samplers import Step, ddim, dpmpp, pndm
+from minpaint.samplers import SAMPLERS, Step, ddim
 from minpaint.schedule import Schedule, alphas_cumprod, make_schedule
 from weights.random_checkpoint import SCHEDULER
 
@@ -114,8 +115,7 @@ def _end_error(sampler: str, steps: int, prediction: str) -> float:
         return eps if prediction == "epsilon" else math.sqrt(a) * eps - math.sqrt(1 - a) * x0
 
     x = torch.ones(1, dtype=torch.float64)
-    run = {"ddim": ddim, "pndm": pndm, "dpmpp": dpmpp}[sampler]
-    taken: list[Step] = list(run(model, x, schedule))
+    taken: list[Step] = list(SAMPLERS[sampler](model, x, schedule))
     # dpmpp's last step goes to sigma 0, with order one by design: judge the one before
     step = taken[-2] if sampler == "dpmpp" else taken[-1]
     level = schedule.timesteps[-1] if sampler == "dpmpp" else schedule.timesteps[-1] - schedule.stride
@@ -155,19 +155,28 @@ def test_ddim_with_eta_one_ends_with_the_variance_of_the_data() -> None:
     assert float(last.x.std()) == pytest.approx(DATA_STD, rel=0.03)
 
 
+def test_ddim_with_eta_asks_for_a_source_of_noise() -> None:
+    schedule = make_schedule(scheduler_config(SCHEDULER), "ddim", 5)
+    with pytest.raises(InputError, match=r"eta 0\.5 .* source of noise"):
+        list(ddim(lambda x, t: x, torch.ones(3), schedule, eta=0.5))
+
+
+def test_the_settings_know_every_sampler() -> None:
+    assert tuple(SAMPLERS) == settings.SAMPLERS
+
+
 def test_clip_sample_bounds_the_predicted_picture() -> None:
     schedule = make_schedule(scheduler_config(SCHEDULER | {"clip_sample": True, "clip_sample_range": 0.5}), "ddim", 5)
     steps = list(ddim(lambda x, t: torch.zeros_like(x), torch.full((3,), 4.0), schedule))
     assert all(float(step.x0.abs().max()) <= 0.5 for step in steps)
 
 
-@pytest.mark.parametrize("sampler", [ddim, pndm, dpmpp])
-def test_samplers_change_none_of_their_inputs(sampler: object) -> None:
-    name = sampler.__name__  # type: ignore[attr-defined]
-    schedule = make_schedule(scheduler_config(SCHEDULER), name, 6)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_change_none_of_their_inputs(sampler: str) -> None:
+    schedule = make_schedule(scheduler_config(SCHEDULER), sampler, 6)
     x = torch.randn(2, 4, 3, 3)
     before = x.clone()
-    first = [step.x.clone() for step in sampler(lambda x, t: 0.1 * x, x, schedule)]  # type: ignore[operator]
-    again = [step.x for step in sampler(lambda x, t: 0.1 * x, x, schedule)]  # type: ignore[operator]
+    first = [step.x.clone() for step in SAMPLERS[sampler](lambda x, t: 0.1 * x, x, schedule)]
+    again = [step.x for step in SAMPLERS[sampler](lambda x, t: 0.1 * x, x, schedule)]
     assert torch.equal(x, before)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

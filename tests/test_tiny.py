@@ -23,17 +23,18 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 import minpaint
-import minpaint.painter
 from bench.quality import colour_of, psnr
 from bench.scenes import HELD_OUT, Case
 from minpaint.checkpoint.hub import weights_folder
 from minpaint.checkpoint.tokenizer import load_tokenizer
-from minpaint.painter import Job, Painter, Settings
-from minpaint.picture import view
+from minpaint.painter import Painter, Painting
 from minpaint.picture.image import to_image, to_unit
+from minpaint.samplers import SAMPLERS
+from minpaint.settings import Settings
 from tests.conftest import largest_level_difference, relative_error
 from weights import world
 
+Paints = Callable[..., list[Painting]]
 FOLDER = weights_folder() / "tiny"
 CASES = 12
 
@@ -50,7 +51,7 @@ def cases() -> Iterator[Case]:
 # What a working program does ---------------------------------------------------------------------
 
 
-def the_prompt_is_followed(painter: Painter) -> None:
+def the_prompt_is_followed(painter: Paints) -> None:
     right = 0
     for case in cases():
         [painting] = painter(case.without, case.mask, case.prompt, sampler="dpmpp", steps=10, seed=case.number)
@@ -58,7 +59,7 @@ def the_prompt_is_followed(painter: Painter) -> None:
     assert right >= CASES - 2, f"{right} of {CASES} things have the colour asked for"
 
 
-def the_kept_part_is_known(painter: Painter) -> None:
+def the_kept_part_is_known(painter: Paints) -> None:
     """Before anything is pasted back, the picture outside the hole is the picture that was given."""
     errors = []
     for case in list(cases())[:4]:
@@ -70,7 +71,7 @@ def the_kept_part_is_known(painter: Painter) -> None:
     assert found >= 24, f"the kept part comes back at {found:.1f} dB"
 
 
-def samplers_agree(painter: Painter) -> None:
+def samplers_agree(painter: Paints) -> None:
     """Few steps of each sampler end near many of DDIM; the median, for now and then one settles elsewhere."""
     differences: dict[str, list[float]] = {"pndm": [], "dpmpp": []}
     for case in list(cases())[:3]:
@@ -92,7 +93,7 @@ CHECKS = (the_prompt_is_followed, the_kept_part_is_known, samplers_agree)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_the_tiny_model(check: Callable[[Painter], None], tiny: Painter) -> None:
+def test_the_tiny_model(check: Callable[[Paints], None], tiny: Painter) -> None:
     check(tiny)
 
 
@@ -100,37 +101,31 @@ def test_the_tiny_model(check: Callable[[Painter], None], tiny: Painter) -> None
 
 
 @pytest.mark.slow
-def test_an_ignored_prompt_shows(tiny: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
-    contexts = Painter._contexts
+def test_an_ignored_prompt_shows(tiny: Painter) -> None:
+    def ignorant(image: Image.Image, mask: Image.Image, prompt: str, **options: Any) -> Any:
+        return tiny(image, mask, "", **options)
 
-    def ignorant(self: Painter, job: Job) -> torch.Tensor:
-        return contexts(self, replace(job, settings=replace(job.settings, prompt="")))
-
-    monkeypatch.setattr(Painter, "_contexts", ignorant)
     with pytest.raises(AssertionError, match="colour asked for"):
-        the_prompt_is_followed(tiny)
+        the_prompt_is_followed(ignorant)
 
 
-def test_a_swapped_mask_shows(tiny: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = view.reference_canvas
+def test_a_swapped_mask_shows(tiny: Painter) -> None:
+    def swapped(image: Image.Image, mask: Image.Image, prompt: str, **options: Any) -> Any:
+        return tiny(image, ImageOps.invert(mask.convert("L")), prompt, **options)
 
-    def swapped(image: Image.Image, mask: Image.Image, *rest: Any) -> Any:
-        return make(image, ImageOps.invert(mask.convert("L")), *rest)
-
-    monkeypatch.setattr(view, "reference_canvas", swapped)
     with pytest.raises(AssertionError, match="kept part"):
-        the_kept_part_is_known(tiny)
+        the_kept_part_is_known(swapped)
 
 
 @pytest.mark.slow
 def test_a_broken_sampler_shows(tiny: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
-    ddim = minpaint.painter.ddim
+    ddim = SAMPLERS["ddim"]
 
     def confused(model: Any, x: Tensor, schedule: Any, *rest: Any) -> Any:
         """alpha taken for alpha_bar: the papers' notations differ by a square root."""
         return ddim(model, x, replace(schedule, alpha_bar=tuple(a**0.5 for a in schedule.alpha_bar)), *rest)
 
-    monkeypatch.setattr(minpaint.painter, "ddim", confused)
+    monkeypatch.setitem(SAMPLERS, "ddim", confused)
     with pytest.raises(AssertionError, match="samplers differ"):
         samplers_agree(tiny)
 

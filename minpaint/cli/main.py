@@ -431,7 +431,7 @@ def _record(options: argparse.Namespace, settings: Any, painter: Any, image: Any
     return {
         "minpaint": __version__,
         "model": options.model or "tiny",
-        "model_sha256": fingerprint(painter.machine.checkpoint.files),
+        "model_sha256": fingerprint(painter.files),
         "config": options.config,
         "image": options.image,
         "image_sha256": digest(image),

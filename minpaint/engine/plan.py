@@ -1,63 +1,66 @@
-"""What a run will take, found out before anything is loaded, and the fastest way that fits a budget.
+"""What a run will take, known before anything is loaded, and the fastest way to do it within a budget.
 
-The networks themselves are run on the meta device, where tensors have shapes and no numbers,
-while a counter follows the bytes that are alive (measure.py); so the prediction cannot drift
-from the code. What is added to that is said at the constants below.
+The networks themselves are called on the meta device, where tensors have shapes and no numbers,
+while a counter follows the bytes that are alive (measure.py). The constants below say what is
+added to that.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minpaint.checkpoint.architecture import Architecture, blank_models
-from minpaint.engine.banded import Bands, set_bands
-from minpaint.engine.fast import Held, Prompt, accelerated, can_hold
+from minpaint.engine.budget import format_size
+from minpaint.engine.calls import Calls, Strategy
+from minpaint.engine.cuda import attention_is_fused
+from minpaint.engine.device import choose_arithmetic, dtype_name, without_gradients
+from minpaint.engine.fast import can_cache
 from minpaint.engine.measure import measure
-from minpaint.engine.memory import attention_is_fused, choose_arithmetic, format_size, without_gradients
-from minpaint.engine.residency import Division, divide, total_size
+from minpaint.engine.residency import Split, split_weights, total_size
 from minpaint.errors import BudgetError
-from minpaint.models.attention import Attention
+from minpaint.models.networks import PlainNetworks
 from minpaint.models.vae import LATENT_CHANNELS
 
-PHASES = {"text": "text_encoder", "encode": "encoder", "denoise": "unet", "decode": "decoder"}
-FLOWING = ("text_encoder", "unet")  # the VAE's weights are little beside its feature maps
+PHASES = {"text": "text_encoder", "encode": "encoder", "denoise": "unet", "decode": "decoder"}  # and their weights
+STREAMED = ("text_encoder", "unet")  # the VAE's weights are little beside its feature maps
 BANDS = (None, 16, 64)
-QUERY_ROWS = (None, 1024, 128)  # of attention that holds its scores; a fused one needs no slices
-# Where Winograd's filters are held: with more pixels in all rows of a call too little of the time is
-# saved, and in fewer steps perhaps less than it takes to get memory for them.
-FEW_PIXELS = 3 * 2**18
-FEW_STEPS = 30
+QUERY_ROWS = (None, 1024, 128)  # of attention that keeps its scores; a fused kernel does not
+# Transformed filters are cached for runs of at most so many pixels in all rows of a call, and at least so
+# many steps: otherwise they save less time than it takes to get memory for them.
+CACHED_PIXELS = 3 * 2**18
+CACHED_STEPS = 30
 LATENTS = 24  # float32 tensors of the latents' shape around the UNet: sampler, history, conditioning
 
-# On CUDA: cuBLAS's workspaces, and what the caching allocator cannot use of what it holds.
+# On CUDA: the workspaces of cuBLAS, and the share that the caching allocator cannot use of what it holds.
 CUDA_LIBRARIES = 32 * 2**20
 CUDA_RESERVE = 1 / 16
-# On the CPU: code and stacks that the first calls bring in, what the heap keeps of the small blocks
-# that were freed (at most so many times what is alive, and so many bytes), and the pictures.
+# On the CPU: code and stacks of the first calls; and what the heap keeps of freed blocks: at most so many
+# times the activations and so many bytes, or, where it keeps all of them, so many times the activations.
 CPU_LIBRARIES = 48 * 2**20
 CPU_HEAP = (2.0, 224 * 2**20)
-KEPT_HEAP = {"encode": 1.5, "denoise": 2.0, "decode": 1.5}  # of that, where the heap keeps all that is freed
-CANVAS = 16  # bytes a pixel the network sees: the picture and where it is blanked, from encoding on
-COPY = 28  # bytes a pixel the network sees: the picture blanked or filled, while it is encoded
-FILLING = 144  # bytes a pixel: continuing a picture into its hole, before encoding and for the colour match
-PICTURE = (24, 8)  # bytes a pixel of the picture: its copies and its file, and what each painting adds
+KEPT_HEAP = {"encode": 1.5, "denoise": 2.0, "decode": 1.5}
+# Pictures on the CPU, in bytes for a pixel that the network sees: the picture and where it is blanked, from
+# encoding on; its blanked or filled copy, while that is encoded; continuing it into the hole, before encoding
+# and for the colour match. For a pixel of the whole picture: its copies and its file, and each painting's.
+CANVAS, COPY, FILLING = 16, 28, 144
+PICTURE = (24, 8)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be painted: the size the network works at, in pixels, how many, and with guidance or not.
+    """What is to be painted, as far as memory depends on it.
 
-    starts: how many different pictures the paintings start from. pixels: of the whole picture, of
-    which the network sees perhaps a part. again: whether the networks will be needed once more
-    after the run's last phase, and had better stay. steps: calls of the UNet.
+    width, height: of what the network sees, in pixels. guided: every latent goes through the UNet
+    twice, beside either prompt. starts: how many different pictures the paintings start from.
+    pixels: of the whole picture. again: whether the networks are needed once more after the last
+    phase. steps: calls of the UNet.
     """
 
     width: int
@@ -71,60 +74,49 @@ class Request:
 
     @property
     def area(self) -> int:
+        """Pixels that the network sees."""
         return self.width * self.height
 
     @property
     def rows(self) -> int:
-        """Rows of the UNet's batch when nothing is split."""
+        """Rows of the UNet's whole batch."""
         return self.count * (2 if self.guided else 1)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a run, and how it is done.
+    """One phase of a run: how its network is called, and what that takes in bytes.
 
-    batch: rows of the UNet's batch in one call, or pictures of the VAE's. bands: of the VAE, None
-    is whole. query_rows: of attention at a time, None is all. fast: accelerated (fast.py).
-    keeps: with a heap that keeps what is freed (memory.keep_heap). arithmetic: the number format
-    computed in, the same for every plan. held: bytes of weights that are held in other forms
-    too (fast.Held). division: which weights flow; None is none. weights, others, working: bytes of
-    its own network and what is held, of the other networks that are there, and of everything else.
-    peak: with what comes on top.
+    split: which weights are streamed; None is none. weights: of the phase's own network, with
+    `cached` bytes of them in other forms. others: the other networks' weights that stay loaded.
+    activations: all other tensors. peak: all of it, with what libraries and the system add.
     """
 
     name: str
-    dtype: torch.dtype
-    batch: int
-    bands: int | None
-    query_rows: int | None
-    fast: bool
-    keeps: bool
-    arithmetic: torch.dtype
-    held: int
-    division: Division | None
+    strategy: Strategy
+    split: Split | None
     weights: int
+    cached: int
     others: int
-    working: int
+    activations: int
     peak: int
 
     @property
     def how(self) -> str:
-        """In words."""
-        if self.division is not None:
-            stay = self.weights - 2 * self.division.width
-            said = [f"flows, {format_size(stay)} stay"]
-        else:
-            said = ["with the others" if self.others else "alone"]
+        """The strategy in words."""
+        strategy, said = self.strategy, ["with the others" if self.others else "alone"]
+        if self.split is not None:
+            said = [f"streamed, {format_size(self.weights - 2 * self.split.buffer_size)} resident"]
         if self.name == "denoise":
-            said.append("1 row at a time" if self.batch == 1 else f"{self.batch} rows at a time")
+            said.append("1 row at a time" if strategy.batch == 1 else f"{strategy.batch} rows at a time")
         elif self.name != "text":
-            said.append("whole" if self.bands is None else f"{self.bands} bands")
-        if self.query_rows is not None:
-            said.append(f"attention from {self.query_rows} rows")
-        if self.fast:
+            said.append("whole" if strategy.bands is None else f"{strategy.bands} bands")
+        if strategy.query_rows is not None:
+            said.append(f"attention from {strategy.query_rows} rows")
+        if strategy.fast:
             said.append("accelerated")
-        if self.held:
-            said.append(f"{format_size(self.held)} held in other forms")
+        if self.cached:
+            said.append(f"{format_size(self.cached)} cached in other forms")
         return ", ".join(said)
 
 
@@ -138,6 +130,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
+        """The most bytes that the run will take."""
         return max(phase.peak for phase in self.phases.values())
 
     @property
@@ -149,68 +142,61 @@ class Plan:
         """The phases in lines for people."""
         lines = [f"{'phase':8} {'weights':>10} {'others':>10} {'working':>10} {'peak':>10}  how"]
         for phase in self.phases.values():
-            sizes = (phase.weights, phase.others, phase.working, phase.peak)
+            sizes = (phase.weights, phase.others, phase.activations, phase.peak)
             lines.append(f"{phase.name:8} " + " ".join(f"{format_size(n):>10}" for n in sizes) + f"  {phase.how}")
         return "\n".join(lines)
 
     def report(self) -> dict[str, Any]:
-        """The same as numbers of bytes."""
-        shown = ("name", "how", "batch", "bands", "query_rows", "fast", "weights", "others", "working", "peak")
-        phases = [{key: getattr(phase, key) for key in shown} for phase in self.phases.values()]
+        """The same for programs, in bytes."""
+        phases = [
+            {"name": phase.name, "how": phase.how}
+            | {key: getattr(phase.strategy, key) for key in ("batch", "bands", "query_rows", "fast")}
+            | {"weights": phase.weights, "others": phase.others, "working": phase.activations, "peak": phase.peak}
+            for phase in self.phases.values()
+        ]
         return {"budget": self.budget, "base": self.base, "peak": self.peak, "phases": phases}
 
 
-@dataclass(frozen=True)
-class _Way:
-    """How a phase can be done; the fields are Phase's."""
-
-    batch: int = 1
-    bands: int | None = None
-    query_rows: int | None = None
-    fast: bool = False
-    keeps: bool = False
-    holds: bool = False  # weights in other forms
-
-
-SPEEDS = (  # the fastest first; the last takes least
-    _Way(fast=True, keeps=True, holds=True),
-    _Way(fast=True, keeps=True),
-    _Way(fast=True),
-    _Way(),
-)
-
-
 class Planner:
-    """Plans for one checkpoint on one device; measures each piece of work once."""
+    """Plans for one checkpoint on one device; measures each call once.
 
-    def __init__(self, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> None:
+    arithmetic: the number format computed in; None leaves it to the processor. fused: whether
+    attention has a kernel that does not keep all scores; None asks the device.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        device: torch.device,
+        dtype: torch.dtype,
+        arithmetic: torch.dtype | None = None,
+        fused: bool | None = None,
+    ) -> None:
         self.architecture, self.device, self.dtype = architecture, device, dtype
         self.on_cuda = device.type == "cuda"
-        self.arithmetic = choose_arithmetic(device, dtype)
-        self.fused = attention_is_fused(device, self.arithmetic)
+        self.arithmetic = arithmetic or choose_arithmetic(device, dtype)
+        self.fused = attention_is_fused(device, self.arithmetic) if fused is None else fused
         self.reserve = CUDA_RESERVE if self.on_cuda else 0.0
         self.measured: dict[Any, tuple[int, int]] = {}
         self.orders: dict[str, list[str]] = {}
-        self.speeds = list(SPEEDS)
-        if self.on_cuda:
-            self.speeds = list(dict.fromkeys(replace(way, keeps=False) for way in SPEEDS))
-        elif not can_hold(dtype, self.arithmetic):
-            self.speeds = [way for way in SPEEDS if not way.holds]
 
     def choose(self, request: Request, budget: int, base: int) -> Plan:
         """The fastest plan that fits.
 
         All networks stay if they are needed again and everything fits beside them without being
-        split. Otherwise each comes for its phase, which is done in the first way that fits: with
-        all the weights in, then with weights that flow, each time in ever smaller batches or bands.
+        split. Otherwise each is loaded for its phase, which is done in the first way that fits: with
+        all weights loaded, then with streamed weights, each time in ever smaller batches or bands.
 
         Raises:
             BudgetError: none fits; it names the smallest budget that does.
         """
         together = sum(self._size(name) for name in PHASES)
-        for holds in (True, False) if request.again else ():
-            ways = {name: next(self._ways(name, request, holds)) for name in PHASES}
-            phases = [self._phase(name, request, way, together - self._size(name), base) for name, way in ways.items()]
+        for caches in (True, False) if request.again else ():
+            fastest = {name: next(self._strategies(name, request, caches)) for name in PHASES}
+            phases = [
+                self._phase(name, request, strategy, together - self._size(name), base)
+                for name, strategy in fastest.items()
+            ]
             if all(phase.peak <= budget for phase in phases):
                 break
         else:
@@ -218,16 +204,16 @@ class Planner:
         return Plan(budget, base, {phase.name: phase for phase in phases})
 
     def phase(self, name: str, request: Request, budget: int, base: int) -> Phase:
-        """One phase alone, done in the first way that fits; BudgetError if none does."""
-        for flowing in (False, True)[: 1 + (PHASES[name] in FLOWING)]:
-            for way in self._ways(name, request, holds=not flowing):
-                phase = self._phase(name, request, way, 0, base, budget if flowing else None)
+        """One phase with no other network loaded, in the first way that fits; BudgetError if none does."""
+        for streamed in (False, True) if PHASES[name] in STREAMED else (False,):
+            for strategy in self._strategies(name, request, caches=not streamed):
+                phase = self._phase(name, request, strategy, 0, base, budget if streamed else None)
                 if phase.peak <= budget:
                     return phase
         size = f"{request.count} pictures" if request.count > 1 else "a picture"
         raise BudgetError(
             f"budget {format_size(budget)} cannot hold {size} of {request.width}x{request.height} with "
-            f"{self.architecture.name} as {str(self.dtype).removeprefix('torch.')}: the smallest budget that can "
+            f"{self.architecture.name} as {dtype_name(self.dtype)}: the smallest budget that can "
             f"is {round_up(self.least(request, base))}; raise --budget or paint smaller"
         )
 
@@ -248,161 +234,140 @@ class Planner:
             return replace(request, width=width, height=height, pixels=width * height)
 
         near, far = scaled(1.0), scaled(2.0)
-        areas = [size.width * size.height for size in (near, far)]
-        room = []
+        areas = []
         for name in PHASES:
             a, b = (self._leanest(name, size, base).peak for size in (near, far))
-            slope = (b - a) / (areas[1] - areas[0])
-            room.append((budget - a) / slope + areas[0] if slope > 0 else math.inf)
-        scale = math.sqrt(max(min(room), 0.0) / (request.width * request.height))
-        while (found := scaled(scale)) != scaled(0.0):
-            if self.least(found, base) <= budget:
-                return found.width, found.height
+            slope = (b - a) / (far.area - near.area)
+            areas.append((budget - a) / slope + near.area if slope > 0 else math.inf)
+        scale = math.sqrt(max(min(areas), 0.0) / request.area)
+        while self.least(found := scaled(scale), base) > budget:
+            if found == scaled(0.0):
+                return None
             scale -= max(scale / 50, factor / max(request.width, request.height))
-        return (found.width, found.height) if self.least(found, base) <= budget else None
+        return found.width, found.height
 
     def order(self, part: str) -> list[str]:
         """The layers of a network that have weights, in the order of their calls."""
         if part not in self.orders:
             called: list[str] = []
+            name = next(name for name, its in PHASES.items() if its == part)
             hooks = [
-                module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
-                for name, module in self.models[part].named_modules()
+                module.register_forward_pre_hook(lambda *_, layer=layer: called.append(layer))
+                for layer, module in getattr(self.networks, part).named_modules()
                 if module._parameters
             ]
-            self._run("denoise" if part == "unet" else "text", Request(64, 64, guided=False), _Way())
+            self._call(name, Request(64, 64, guided=False), Strategy(self.dtype, self.arithmetic))
             for hook in hooks:
                 hook.remove()
             self.orders[part] = called
         return self.orders[part]
 
     @cached_property
-    def models(self) -> dict[str, Any]:
+    def networks(self) -> PlainNetworks:
+        """The checkpoint's networks on the meta device."""
         config = self.architecture
         models = blank_models(config.unet, config.vae, config.text)
-        return {name: model.to(self.dtype) for name, model in models.items()}
+        return PlainNetworks(**{name: model.to(self.dtype) for name, model in models.items()}, tokenizer=None)
 
-    def _ways(self, name: str, request: Request, holds: bool = False) -> Iterator[_Way]:
-        """From the fastest to the one that takes least; holds: with those that hold weights in other forms."""
-        slices = (None,) if self.fused else QUERY_ROWS
-        if name == "denoise":
-            pays = request.rows * request.area <= FEW_PIXELS and request.steps >= FEW_STEPS
-            holds = holds and (pays or self.on_cuda or self.arithmetic != torch.float32)
-            for speed in self.speeds:
-                batch = request.rows if holds or not speed.holds else 0
+    def _strategies(self, name: str, request: Request, caches: bool = False) -> Iterator[Strategy]:
+        """From the fastest to the one that takes least; caches: with those that keep weights in other forms."""
+        plain = Strategy(self.dtype, self.arithmetic)
+        slices = [replace(plain, query_rows=rows) for rows in ((None,) if self.fused else QUERY_ROWS)]
+        speeds = [{"fast": True}, {}] if self.on_cuda else [{"fast": True, "keeps_heap": True}, {"fast": True}, {}]
+        if name == "text":
+            yield plain
+        elif name == "denoise":
+            pays = request.rows * request.area <= CACHED_PIXELS and request.steps >= CACHED_STEPS
+            if caches and (
+                self.on_cuda or (can_cache(self.dtype, self.arithmetic) and (pays or self.arithmetic != torch.float32))
+            ):
+                yield from (replace(each, batch=request.rows, caches=True, **speeds[0]) for each in slices)
+            for speed in speeds:
+                batch = request.rows
                 while batch:
-                    yield from (replace(speed, batch=batch, query_rows=rows) for rows in slices)
-                    batch = 0 if speed.holds else batch // 2
-        elif name == "text":
-            yield _Way()
+                    yield from (replace(each, batch=batch, **speed) for each in slices)
+                    batch //= 2
         else:
             if not self.on_cuda:
-                yield from (speed for speed in self.speeds if speed.fast and not speed.holds)
-            yield from (_Way(1, bands, rows) for bands in BANDS for rows in slices)
+                yield from (replace(plain, **speed) for speed in speeds[:-1])
+            yield from (replace(each, bands=bands) for bands in BANDS for each in slices)
 
     def _leanest(self, name: str, request: Request, base: int) -> Phase:
-        """The last of a phase's ways; a small picture may take less whole than in bands."""
-        ways, flowing = list(self._ways(name, request)), 0 if PHASES[name] in FLOWING else None
-        return min(
-            (self._phase(name, request, way, 0, base, flowing) for way in {ways[0], ways[-1]}),
-            key=lambda phase: phase.peak,
-        )
+        """The phase in the way that takes least; a small picture may take less whole than in bands."""
+        ways, streamed = list(self._strategies(name, request)), 0 if PHASES[name] in STREAMED else None
+        phases = [self._phase(name, request, strategy, 0, base, streamed) for strategy in {ways[0], ways[-1]}]
+        return min(phases, key=lambda phase: phase.peak)
 
     def _phase(
-        self, name: str, request: Request, way: _Way, others: int, base: int, flowing: int | None = None
+        self, name: str, request: Request, strategy: Strategy, others: int, base: int, budget: int | None = None
     ) -> Phase:
-        """flowing: the budget that the weights which stay may fill; None has all of them stay."""
-        working, held = self._working(name, request, way)
-        extra = self._extra(name, request, working, way)
-        division, weights = None, self._size(name) + held
-        if flowing is not None:
-            part = PHASES[name]
-            room = int((flowing - base - extra) / (1 + self.reserve)) - working - others
-            division = divide(self.architecture.directories[part], self.dtype, self.order(part), room)
-            weights = division.size
-        counted = weights + others + working
+        """budget: of streamed weights as many stay resident as it has room for; None loads all of them."""
+        activations, cached = self._measure(name, request, strategy)
+        extra = self._extra(name, request, activations, strategy)
+        split, weights = None, self._size(name) + cached
+        if budget is not None:
+            part, room = PHASES[name], int((budget - base - extra) / (1 + self.reserve)) - activations - others
+            split = split_weights(self.architecture.directories[part], self.dtype, self.order(part), room)
+            weights = split.size
+        counted = weights + others + activations
         peak = base + extra + counted + math.ceil(counted * self.reserve)
-        done = (way.batch, way.bands, way.query_rows, way.fast, way.keeps, self.arithmetic, held)
-        return Phase(name, self.dtype, *done, division, weights, others, working, peak)
+        return Phase(name, strategy, split, weights, cached, others, activations, peak)
 
-    def _extra(self, name: str, request: Request, working: int, way: _Way) -> int:
-        """Bytes that come on top of weights and tensors."""
+    def _extra(self, name: str, request: Request, activations: int, strategy: Strategy) -> int:
+        """Bytes beside weights and tensors."""
         if self.on_cuda:
             return CUDA_LIBRARIES
         pictures = max(request.pixels, request.area) * (PICTURE[0] + PICTURE[1] * request.count)
-        heap = int(KEPT_HEAP[name] * working) if way.keeps else min(int(CPU_HEAP[0] * working), CPU_HEAP[1])
+        heap = min(int(CPU_HEAP[0] * activations), CPU_HEAP[1])
+        if strategy.keeps_heap:
+            heap = int(KEPT_HEAP[name] * activations)
         return CPU_LIBRARIES + heap + pictures
 
     def _size(self, name: str) -> int:
         return total_size(self.architecture.directories[PHASES[name]], self.dtype)
 
-    def _working(self, name: str, request: Request, way: _Way) -> tuple[int, int]:
-        """Bytes that a phase takes beside weights, and those of weights that it holds in other forms."""
-        key = (name, name if name == "text" else replace(request, steps=0), replace(way, keeps=False))
+    def _measure(self, name: str, request: Request, strategy: Strategy) -> tuple[int, int]:
+        """Bytes that a phase takes beside weights, and those of weights that it caches in other forms."""
+        key = (name, name if name == "text" else replace(request, steps=0), replace(strategy, keeps_heap=False))
         if key not in self.measured:
-            _ = self.models  # made before what they take is measured
-            held: dict[nn.Module, Held] | None = {} if way.holds else None
-            taken = measure(partial(self._run, name, request, way, held), self.fused).total
-            made = sum(part.nbytes for forms in (held or {}).values() for parts in forms.values() for part in parts)
-            taken -= made
+            _ = self.networks  # made before what they take is measured
+            calls: list[Calls] = []
+            taken = measure(lambda: calls.append(self._call(name, request, strategy)), self.fused).total
+            cached = sum(part.nbytes for forms in calls[0].cache.values() for parts in forms.values() for part in parts)
+            taken -= cached
             if name == "denoise":
-                taken += LATENTS * request.count * LATENT_CHANNELS * 4 * request.area // self.architecture.vae.factor**2
+                cells = request.area // self.architecture.vae.factor**2
+                taken += LATENTS * request.count * LATENT_CHANNELS * 4 * cells
             if not self.on_cuda and name != "text":  # the pictures are in the same memory
                 filled = {"encode": request.starts * request.area, "decode": max(request.pixels, request.area)}
                 copies = COPY * filled["encode"] if name == "encode" else 0
                 taken = max(taken + copies, FILLING * filled.get(name, 0)) + CANVAS * request.starts * request.area
-            self.measured[key] = taken, made
+            self.measured[key] = taken, cached
         return self.measured[key]
 
     @without_gradients
-    def _run(self, name: str, request: Request, way: _Way, held: dict[nn.Module, Held] | None = None) -> None:
+    def _call(self, name: str, request: Request, strategy: Strategy) -> Calls:
         """One call of a phase's network on tensors without numbers."""
-        config, factor = self.architecture, self.architecture.vae.factor
-        small = (request.height // factor, request.width // factor)
-        forms = (None if self.on_cuda else self.arithmetic, way.fast)
+        config, factor, networks = self.architecture, self.architecture.vae.factor, self.networks
+        calls = Calls(networks, (networks.unet, networks.vae), torch.device("meta"), request.guided, self.on_cuda)
+        calls.prepare(networks.unet if name == "denoise" else networks.vae, strategy)
 
-        def empty(*shape: int, dtype: torch.dtype = self.arithmetic) -> Tensor:
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        unet, vae, text_encoder = (self.models[name] for name in ("unet", "vae", "text_encoder"))
-        set_query_rows(unet if name == "denoise" else vae, way.query_rows)
-        set_bands(vae, Bands(way.bands, some=True) if way.bands else None)
+        height, width, tokens = request.height, request.width, config.text.max_position_embeddings
         if name == "text":
-            text_encoder(torch.zeros(1, config.text.max_position_embeddings, dtype=torch.long, device="meta"))
+            networks.text_encoder(empty(1, tokens, dtype=torch.long))
         elif name == "encode":
-            with accelerated(vae, *forms):
-                vae.encode(empty(1, 3, request.height, request.width))
+            calls.encode(strategy, empty(1, 3, height, width, dtype=self.arithmetic))
         elif name == "decode":
-            with accelerated(vae, *forms):
-                vae.decode(empty(1, LATENT_CHANNELS, *small)).float()
+            calls.decode(strategy, empty(1, LATENT_CHANNELS, height // factor, width // factor)).float()
         else:
-            # what Run.unet does: the whole batch is there, and goes through in parts
-            tokens = config.text.max_position_embeddings
-            x = torch.empty((request.rows, config.unet.in_channels, *small), device="meta")
+            x = empty(request.rows, config.unet.in_channels, height // factor, width // factor)
             context = empty(request.rows, tokens, config.unet.context_dim, dtype=self.dtype)
-            t = torch.zeros(request.rows, device="meta")
-            parts = zip(*(split(each, way.batch) for each in (x.to(self.arithmetic), t, context)), strict=True)
-            prompt, whole = Prompt(context) if way.fast else None, way.batch >= request.rows
-            with accelerated(unet, *forms, prompt, way.fast and whole and request.guided, held):
-                if prompt is not None and whole:
-                    prompt.fill(unet)
-                first = list(itertools.islice(parts, 2))
-                if held is not None:
-                    unet(*first[0])  # from now on all of them are there
-                outputs = [unet(*part).float() for part in first]
-            torch.cat(outputs)
-
-
-def split(x: Tensor, batch: int) -> tuple[Tensor, ...]:
-    """A batch in parts of so many rows; the very tensor, if that is all (see fast.Prompt)."""
-    return (x,) if batch >= len(x) else torch.split(x, batch)
-
-
-def set_query_rows(model: nn.Module, rows: int | None) -> None:
-    """Let all attention of a model run from so many query rows at a time; None: from all."""
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.query_rows = rows
+            for _ in range(2 if strategy.fast else 1):  # the first call makes what is kept for the others
+                calls.unet(strategy, x, empty(request.rows), context)
+        return calls
 
 
 def round_up(size: int) -> str:

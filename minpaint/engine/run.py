@@ -4,74 +4,61 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from minpaint.checkpoint.load import Checkpoint
-from minpaint.engine.banded import Bands, set_bands
-from minpaint.engine.fast import Held, Prompt, accelerated, is_known
-from minpaint.engine.memory import (
-    Replay,
+from minpaint.engine.budget import (
     capped,
-    exact,
-    forget_peak,
     format_size,
     free_memory,
-    give_back,
     is_out_of_memory,
-    is_watched,
-    keep_heap,
     peak_memory,
+    release_cached,
+    reset_peak,
+    tune_heap,
     used_memory,
 )
-from minpaint.engine.plan import PHASES, Phase, Planner, Request, set_query_rows, split
-from minpaint.engine.residency import Part
-from minpaint.errors import BudgetError, MinpaintWarning
-from minpaint.models.text import encode_prompt
-from minpaint.models.vae import VAE
+from minpaint.engine.calls import Calls
+from minpaint.engine.cuda import exact_float32
+from minpaint.engine.plan import PHASES, Phase, Planner, Request
+from minpaint.engine.residency import NetworkWeights
+from minpaint.errors import BudgetError, MinpaintError, MinpaintWarning
+from minpaint.models.networks import PlainNetworks
 
 SMALLER = 3 / 4  # of what a phase was planned with, when the device turns out fuller than it was
 
 
-class Networks(Protocol):
-    """What a run calls: a painter, whose networks somebody may have replaced."""
+class Engine:
+    """A checkpoint's networks on one device, and where their weights are.
 
-    unet: nn.Module
-    vae: VAE
-    text_encoder: nn.Module
-    tokenizer: Any
-
-
-class Machine:
-    """A checkpoint's networks, and where their weights are."""
+    keeps: whether all networks stay loaded from painting to painting, if the budget has room.
+    """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, budget: int) -> None:
         self.checkpoint, self.device, self.dtype, self.budget = checkpoint, device, dtype, budget
         self.planners: dict[torch.dtype, Planner] = {}
-        self.now: Phase | None = None  # what the networks are set up for
-        self.settled = False
+        self.prepared: Phase | None = None  # the phase that weights and networks are ready for
+        self.keeps = False
         vae, directories = checkpoint.vae, checkpoint.architecture.directories
-        models: dict[str, tuple[str, nn.Module, list[nn.Module]]] = {
+        modules: dict[str, tuple[str, nn.Module, list[nn.Module]]] = {
             "text_encoder": ("text_encoder", checkpoint.text_encoder, [checkpoint.text_encoder]),
             "encoder": ("vae", vae, [vae.encoder, vae.quant_conv]),
             "unet": ("unet", checkpoint.unet, [checkpoint.unet]),
             "decoder": ("vae", vae, [vae.post_quant_conv, vae.decoder]),
         }
-        self.parts = {
-            key: Part(name, model, roots, directories[key], device, dtype, self.need)
-            for key, (name, model, roots) in models.items()
+        self.weights = {
+            key: NetworkWeights(name, model, roots, directories[key], device, dtype, self._load_for_call)
+            for key, (name, model, roots) in modules.items()
         }
 
-    @property
-    def planner(self) -> Planner:
-        """The planner for the networks' own number format."""
-        return self.planner_in(self.dtype)
-
-    def planner_in(self, dtype: torch.dtype) -> Planner:
+    def planner(self, dtype: torch.dtype | None = None) -> Planner:
+        """The planner for a number format of the weights; None is the engine's own."""
+        dtype = dtype or self.dtype
         if dtype not in self.planners:
             self.planners[dtype] = Planner(self.checkpoint.architecture, self.device, dtype)
         return self.planners[dtype]
@@ -79,64 +66,93 @@ class Machine:
     @property
     def base(self) -> int:
         """Bytes that count against the budget and are not the weights'."""
-        give_back(self.device)
-        weights = sum(part.held for part in self.parts.values() if not part.changed)
+        release_cached(self.device)
+        weights = sum(each.resident_size for each in self.weights.values() if not each.changed)
         return max(used_memory(self.device) - weights, 0)
 
-    def settle(self) -> None:
-        """Bring all networks in if the budget holds them; they come and go as they are needed otherwise.
+    def keep_loaded(self) -> None:
+        """Load all networks and keep them, if the budget holds them together; otherwise load them when needed.
 
         Raises:
             BudgetError: the budget cannot hold even the smallest run.
         """
-        self.settled = True
+        self.keeps = True
         base, factor = self.base, self.checkpoint.architecture.vae.factor
-        if base + sum(part.size for part in self.parts.values()) > self.budget:
-            self.planner.choose(Request(factor, factor, guided=False), self.budget, base)
+        if base + sum(each.size for each in self.weights.values()) > self.budget:
+            self.planner().choose(Request(factor, factor, guided=False), self.budget, base)
             return
-        for part in self.parts.values():
-            part.come()
+        for each in self.weights.values():
+            each.load()
 
-    def set_up(self, phase: Phase, alone: bool) -> None:
-        """Bring a phase's network in, ready to run as the phase says; alone: send the others away."""
-        if self.now is phase:
+    def run(self, request: Request, networks: PlainNetworks) -> Run:
+        """A run of the networks for one request, planned now; to be used in a `with` statement.
+
+        networks: the modules to call, the checkpoint's own or others that somebody has put in.
+
+        Raises:
+            BudgetError: there is no way to keep within the budget; nothing has been done then.
+        """
+        return Run(self, replace(request, again=request.again or self.keeps), networks)
+
+    def prepare(self, phase: Phase, alone: bool, calls: Calls) -> None:
+        """Load a phase's weights and make its network ready to be called; alone: offload the others'."""
+        tune_heap(self.device, phase.strategy.keeps_heap)
+        if self.prepared is phase:
             return
-        self.now = None
-        give_back(self.device)
-        part = self.parts[PHASES[phase.name]]
-        for other in self.parts.values():
-            if alone and other is not part:
-                other.go()
-        part.come(phase.division)
-        part.convert(phase.dtype)
-        set_query_rows(part.model, phase.query_rows)
-        set_bands(self.checkpoint.vae, Bands(phase.bands) if phase.bands else None)
-        self.now = phase
+        self.prepared = None
+        release_cached(self.device)
+        weights = self.weights[PHASES[phase.name]]
+        for other in self.weights.values():
+            if alone and other is not weights:
+                other.offload()
+        weights.load(phase.split)
+        weights.convert(phase.strategy.dtype)
+        calls.prepare(weights.model, phase.strategy)
+        self.prepared = phase
 
-    def need(self, part: Part) -> None:
-        """Bring a network in for a call from outside a run, where there is no room in place of others."""
-        self.now = None
-        if self.base + part.size + sum(other.held for other in self.parts.values()) > self.budget:
-            for other in self.parts.values():
-                other.go()
-        part.come()
+    def restore(self, name: str) -> None:
+        """Give a phase's weights the engine's number format again."""
+        self.weights[PHASES[name]].convert(self.dtype)
+        self.prepared = None
+
+    def _load_for_call(self, weights: NetworkWeights) -> None:
+        """Load weights for a call from outside a run, and offload the others where there is no room beside them."""
+        self.prepared = None
+        if self.base + weights.size + sum(other.resident_size for other in self.weights.values()) > self.budget:
+            for other in self.weights.values():
+                other.offload()
+        weights.load()
 
 
 class Run:
-    """One painting's calls of the networks, phase by phase.
+    """One painting's calls of the networks, which inpaint.Networks describes, phase by phase.
 
-    Raises:
-        BudgetError: there is no way to keep within the budget.
+    plan: how they are done. A call that finds no memory is made again in a smaller plan, once in a
+    run; a pass of the VAE that overflows in half precision is made again in float32. Every output
+    is checked for NaN and infinity.
     """
 
-    def __init__(self, machine: Machine, request: Request, networks: Networks) -> None:
-        self.machine, self.request, self.networks, self.device = machine, request, networks, machine.device
-        self.plan = machine.planner.choose(request, machine.budget, machine.base)
+    def __init__(self, engine: Engine, request: Request, networks: PlainNetworks) -> None:
+        self.engine, self.request, self.device = engine, request, engine.device
+        self.plan = engine.planner().choose(request, engine.budget, engine.base)
+        checkpoint = engine.checkpoint
+        on_cuda = engine.planner().on_cuda
+        self.calls = Calls(networks, (checkpoint.unet, checkpoint.vae), self.device, request.guided, on_cuda)
+        self.embeddings: dict[str, Tensor] = {}
+        self.unchecked: list[tuple[Tensor, Tensor]] = []  # of outputs of the UNet: whether finite, and their timesteps
         self.fallen_back = False
-        self.prompt: Prompt | None = None
-        self.held: dict[nn.Module, Held] = {}
-        self.replay: Replay | None = None
-        forget_peak(self.device)
+        reset_peak(self.device)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Free what was kept between the calls."""
+        self.calls.forget()
+        self.embeddings.clear()
+        tune_heap(self.device, None)
+        if kind is None:
+            self._check_steps()
 
     @property
     def measured(self) -> int:
@@ -144,141 +160,107 @@ class Run:
         return peak_memory(self.device)
 
     def embed(self, prompt: str) -> Tensor:
-        """A prompt's embeddings, [1, 77, D]."""
-        tokenizer, text_encoder = self.networks.tokenizer, self.networks.text_encoder
-        return self._do("text", lambda phase: encode_prompt(tokenizer, text_encoder, prompt), self.machine.dtype)
+        """A prompt's embeddings [1, tokens, D] in the engine's number format, computed once in a run."""
+        if prompt not in self.embeddings:
+            dtype = self.engine.dtype
+            embeddings = self._do("text", dtype, lambda phase: self.calls.networks.embed(prompt))
+            _check(embeddings.isfinite().all(), "text encoder", dtype)
+            self.embeddings[prompt] = embeddings.to(dtype)
+        return self.embeddings[prompt]
 
-    def encode(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
-        """Pixels [n, 3, Y, X] -> the VAE's mean and log variance, [n, 8, y, x] float32 on the device."""
-        vae = self.networks.vae
-        return self._vae("encode", lambda x: torch.cat(vae.encode(x), dim=1).float(), pixels, dtype)
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [n, 3, Y, X] -> the VAE's mean and log variance, [n, 4, y, x] float32 on the device."""
+        moments = self._vae("encode", pixels, lambda x, phase: self.calls.encode(phase.strategy, x))
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, logvar
 
-    def decode(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Unscaled latents [n, 4, y, x] -> pixels [n, 3, Y, X] float32, on the CPU, where pictures are."""
-        vae = self.networks.vae
-        return self._vae("decode", lambda z: vae.decode(z).cpu().float(), latents, dtype)
+        return self._vae("decode", latents, lambda z, phase: self.calls.decode(phase.strategy, z).cpu().float())
 
     def unet(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """The UNet's prediction in float32, for a batch that may be split.
-
-        x [n, 4 or 9, y, x], t [n], context [n or 2n, 77, D]: of twice as many rows the first n and
-        the last n are for the same x. The same context tensor in every call means that what
-        depends on it alone is computed once.
-        """
-        unet, guided = self.networks.unet, len(context) > len(x)
-        if guided:
-            x, t = torch.cat([x, x]), torch.cat([t, t])
+        """The UNet's prediction [b, 4, y, x] float32 (calls.Calls.unet), checked without waiting for a GPU."""
 
         def call(phase: Phase) -> Tensor:
-            if self.prompt is None or self.prompt.context is not context:
-                self._ask(phase, context)
-            watched = is_watched(unet)
-            paired = guided and phase.batch >= len(x) and not watched
-            held = self.held if phase.held and not watched else None
-            with self._accelerated(phase, unet, paired, held) as arithmetic:
-                if self.replay is not None and not watched:
-                    return self.replay(x.to(arithmetic), t).float()
-                batches = (split(tensor, phase.batch) for tensor in (x.to(arithmetic), t, context))
-                outputs = [unet(*batch).float() for batch in zip(*batches, strict=True)]
-            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            return self.calls.unet(phase.strategy, x, t, context, streamed=phase.split is not None)
 
-        return self._do("denoise", call, self.machine.dtype)
+        output = self._do("denoise", self.engine.dtype, call)
+        self.unchecked.append((output.isfinite().all(), t))
+        if not self.calls.on_cuda:
+            self._check_steps()
+        return output
 
-    def close(self) -> None:
-        """Let go of what was kept between calls; more of them may follow."""
-        self._forget()
-        keep_heap(self.device, None)
+    def _check_steps(self) -> None:
+        """Raise if an output of the UNet was not finite."""
+        for finite, t in self.unchecked:
+            _check(finite, "UNet", self.engine.dtype, f" at timestep {int(t[0])}")
+        self.unchecked.clear()
 
-    def _forget(self) -> None:
-        self.prompt, self.held, self.replay = None, {}, None
+    def _vae(self, name: str, x: Tensor, call: Callable[[Tensor, Phase], Tensor]) -> Tensor:
+        """A pass of the VAE, one picture at a time; in float32 if half precision overflows."""
+        self._check_steps()
+        self.calls.forget()  # the UNet's weights may be offloaded, and the prompt's part is over
 
-    def _ask(self, phase: Phase, context: Tensor) -> None:
-        unet = self.networks.unet
-        self.prompt, self.replay = Prompt(context), None
-        whole = phase.batch >= len(context) and phase.division is None
-        if self.device.type == "cuda" and phase.fast and whole and self._knows(unet):
-            self.replay = Replay(lambda x, t: unet(x, t, context), self.device)
+        def passed(dtype: torch.dtype) -> Tensor:
+            return torch.cat([self._do(name, dtype, partial(call, row[None])) for row in x])
 
-    @contextmanager
-    def _accelerated(
-        self, phase: Phase, network: nn.Module, paired: bool = False, held: dict[nn.Module, Held] | None = None
-    ) -> Iterator[torch.dtype]:
-        """For a call of a network; gives the number format that it then takes."""
-        if not self._knows(network):
-            yield phase.dtype
-            return
-        keep_heap(self.device, phase.keeps)
-        arithmetic = None if self.device.type == "cuda" else phase.arithmetic
-        prompt = self.prompt if phase.fast else None
-        with accelerated(network, arithmetic, phase.fast, prompt, paired and phase.fast, held):
-            yield phase.arithmetic
-
-    def _knows(self, network: nn.Module) -> bool:
-        """Whether a network is the checkpoint's own, as it is written."""
-        return network in (self.machine.checkpoint.unet, self.machine.checkpoint.vae) and is_known(network)
-
-    def _vae(self, name: str, call: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
-        """A pass of the VAE, one picture at a time; perhaps in another number format than planned."""
-        vae = self.networks.vae
-
-        def one(row: Tensor) -> Callable[[Phase], Tensor]:
-            def run(phase: Phase) -> Tensor:
-                with self._accelerated(phase, vae) as arithmetic:
-                    return call(row[None].to(self.device, arithmetic))
-
-            return run
-
-        self._forget()  # the UNet's weights may go, and the prompt's are needed no more
-        try:
-            pictures = [self._do(name, one(row), dtype) for row in x]
-        finally:
-            if dtype != self.machine.dtype:
-                self.machine.parts[PHASES[name]].convert(self.machine.dtype)
-                self.machine.now = None
-        return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
-
-    def _do(self, name: str, call: Callable[[Phase], Tensor], dtype: torch.dtype) -> Tensor:
-        """A call of a phase's network. Once in a run one that finds no memory is made again in less."""
-        try:
-            return self._attempt(name, call, dtype)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        # out of the handler, where nothing of the failed call is held any more
-        if not self.fallen_back:
-            self._fall_back(name)
+        out, dtype, part = passed(self.engine.dtype), self.engine.dtype, f"VAE's {PHASES[name]}"
+        if dtype != torch.float32 and not bool(out.isfinite().all()):
+            told = f"the {part} overflowed in half precision; done again in float32"
+            warnings.warn(told, MinpaintWarning, stacklevel=2)
+            dtype = torch.float32
             try:
-                return self._attempt(name, call, dtype)
+                out = passed(dtype)
+            finally:
+                self.engine.restore(name)
+        _check(out.isfinite().all(), part, dtype)
+        return out
+
+    def _do(self, name: str, dtype: torch.dtype, call: Callable[[Phase], Tensor]) -> Tensor:
+        """A call of a phase's network with weights in a number format, made again in less memory if it finds none."""
+        for attempt in range(2):
+            try:
+                return self._attempt(name, dtype, call)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
+            # out of the handler, where nothing of the failed call is alive any more
+            if attempt or self.fallen_back:
+                break
+            self._fall_back(name)
         raise BudgetError(
             f"{self.device} ran out of memory in the phase {name}, planned with "
             f"{format_size(self.plan.phases[name].peak)}; lower --budget to what is really free, or free some"
         )
 
-    def _attempt(self, name: str, call: Callable[[Phase], Tensor], dtype: torch.dtype) -> Tensor:
+    def _attempt(self, name: str, dtype: torch.dtype, call: Callable[[Phase], Tensor]) -> Tensor:
         phase = self.plan.phases[name]
-        if dtype != phase.dtype:
-            planner = self.machine.planner_in(dtype)
-            phase = planner.phase(name, self.request, self.plan.budget, self.plan.base)
-        with capped(self.device, self.machine.budget), exact(self.device, phase.dtype):
-            self.machine.set_up(phase, alone=not self.plan.resident)
+        if dtype != phase.strategy.dtype:
+            phase = self.engine.planner(dtype).phase(name, self.request, self.plan.budget, self.plan.base)
+        with capped(self.device, self.engine.budget), exact_float32(self.device, dtype):
+            self.engine.prepare(phase, not self.plan.resident, self.calls)
             return call(phase)
 
     def _fall_back(self, name: str) -> None:
-        """A plan for less memory than the one that failed; for as little as is possible, if there is none."""
-        machine, before = self.machine, self.plan
+        """Make a plan for less memory than the one that failed; for the least possible, if there is none."""
+        engine, before = self.engine, self.plan
         self.fallen_back = True
-        self._forget()
+        self.calls.forget()
         gc.collect()
-        give_back(self.device)
+        release_cached(self.device)
         there = used_memory(self.device) + free_memory(self.device)
-        budget = min(machine.budget, there, int(SMALLER * before.phases[name].peak))
-        budget = max(budget, machine.planner.least(self.request, before.base))
-        self.plan = machine.planner.choose(self.request, budget, before.base)
+        budget = min(engine.budget, there, int(SMALLER * before.phases[name].peak))
+        budget = max(budget, engine.planner().least(self.request, before.base))
+        self.plan = engine.planner().choose(self.request, budget, before.base)
         told = (
             f"{self.device} has less free memory than it had; going on within {format_size(self.plan.peak)} "
             f"instead of {format_size(before.peak)}, with the same result"
         )
         warnings.warn(told, MinpaintWarning, stacklevel=2)
+
+
+def _check(finite: Tensor, what: str, dtype: torch.dtype, when: str = "") -> None:
+    """MinpaintError if an output was not finite."""
+    if not bool(finite):
+        way_out = "the checkpoint is damaged" if dtype == torch.float32 else "use dtype fp32"
+        raise MinpaintError(f"the {what} gave NaN or infinity{when}; {way_out}")

@@ -52,3 +52,15 @@ class TextConfig:
     num_hidden_layers: int
     vocab_size: int
     use_attention_mask: bool
+
+
+def least_cells(unet: UNetConfig, vae: VAEConfig) -> int:
+    """How many latent cells a picture must have along an axis for every group norm to have two numbers.
+
+    A group of a single channel has one number on a map of a single cell, which PyTorch refuses. The
+    first norm of a level still has the channels of the level before.
+    """
+    last = len(unet.channels) - 1
+    sizes = [2 ** min(level + 1, last) for level, width in enumerate(unet.channels) if width == unet.norm_groups]
+    sizes += [1 for width in vae.channels[-2:] if width == vae.norm_groups]
+    return max(sizes, default=0) + 1

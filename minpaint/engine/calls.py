@@ -1,0 +1,118 @@
+"""How the networks are called: each in the way that the plan chose for its phase.
+
+The planner makes the same calls on tensors without numbers (the meta device) and counts their
+memory, so that a prediction cannot drift from what is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minpaint.engine.banded import Bands, set_attention_slices, set_bands
+from minpaint.engine.cuda import GraphReplay, has_hooks
+from minpaint.engine.fast import Cache, PromptCache, accelerated, is_unmodified
+from minpaint.models.networks import PlainNetworks
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How the calls of a phase are done.
+
+    dtype, arithmetic: the number formats of the weights and of what is computed with them.
+    batch: rows of the UNet's batch in one call. bands: into how many bands of rows the VAE's
+    feature maps are cut; None leaves them whole. query_rows: from how many rows attention is
+    computed at a time; None is all. fast: with the faster forms of the layers (fast.py).
+    keeps_heap: freed memory stays in the heap for the next layers (budget.tune_heap). caches:
+    weights in other forms are kept from step to step.
+    """
+
+    dtype: torch.dtype
+    arithmetic: torch.dtype
+    batch: int = 1
+    bands: int | None = None
+    query_rows: int | None = None
+    fast: bool = False
+    keeps_heap: bool = False
+    caches: bool = False
+
+
+class Calls:
+    """The calls of one run, and what is kept between them.
+
+    own: the checkpoint's own modules; somebody may have replaced those of `networks`, and a
+    replacement is called as it is. guided: the second half of every batch of the UNet repeats the
+    first beside another prompt. on_cuda: what computes is a GPU, on which layers stay as written.
+    """
+
+    def __init__(
+        self, networks: PlainNetworks, own: tuple[nn.Module, ...], device: torch.device, guided: bool, on_cuda: bool
+    ) -> None:
+        self.networks, self.own, self.device, self.guided, self.on_cuda = networks, own, device, guided, on_cuda
+        self.forget()
+
+    def forget(self) -> None:
+        """Free what is kept between calls."""
+        self.prompt: PromptCache | None = None
+        self.cache: Cache = {}
+        self.replay: GraphReplay | None = None
+
+    def prepare(self, network: nn.Module, strategy: Strategy) -> None:
+        """Cut a network's attention, and the VAE's feature maps, into the parts that a strategy says."""
+        set_attention_slices(network, strategy.query_rows)
+        if network is self.networks.vae:
+            set_bands(self.networks.vae, Bands(strategy.bands) if strategy.bands else None)
+
+    def encode(self, strategy: Strategy, pixels: Tensor) -> Tensor:
+        """Pixels [n, 3, Y, X] -> the VAE's mean and log variance, [n, 8, y, x] float32."""
+        with self._accelerated(strategy, self.networks.vae) as arithmetic:
+            return torch.cat(self.networks.encode(pixels.to(self.device, arithmetic)), dim=1).float()
+
+    def decode(self, strategy: Strategy, latents: Tensor) -> Tensor:
+        """Unscaled latents [n, 4, y, x] -> pixels [n, 3, Y, X] in the number format computed in."""
+        with self._accelerated(strategy, self.networks.vae) as arithmetic:
+            return self.networks.decode(latents.to(self.device, arithmetic))
+
+    def unet(self, strategy: Strategy, x: Tensor, t: Tensor, context: Tensor, streamed: bool = False) -> Tensor:
+        """The UNet's prediction [b, 4, y, x] float32, for a batch that may be split.
+
+        What depends on the context alone is computed once, as long as the calls have the same
+        tensor. On a GPU the whole call is recorded and replayed, unless weights are streamed.
+        """
+        unet, hooked, whole = self.networks.unet, has_hooks(self.networks.unet), strategy.batch >= len(x)
+        if self.prompt is None or self.prompt.context is not context:
+            self.prompt, self.replay = PromptCache(context), None
+            if self.device.type == "cuda" and strategy.fast and whole and not streamed and self._is_own(unet):
+                self.replay = GraphReplay(lambda x, t: unet(x, t, context), self.device)
+        paired, cache = self.guided and whole and not hooked, self.cache if strategy.caches and not hooked else None
+        with self._accelerated(strategy, unet, paired, cache) as arithmetic:
+            x = x.to(arithmetic)
+            if self.replay is not None and not hooked:
+                return self.replay(x, t).float()
+            if whole:
+                return unet(x, t, context).float()
+            batches = list(zip(*(torch.split(each, strategy.batch) for each in (x, t, context)), strict=True))
+            if x.is_meta:
+                del batches[2:]  # two take the memory that all take
+            return torch.cat([unet(*batch).float() for batch in batches])
+
+    @contextmanager
+    def _accelerated(
+        self, strategy: Strategy, network: nn.Module, paired: bool = False, cache: Cache | None = None
+    ) -> Iterator[torch.dtype]:
+        """For a call of a network; gives the number format of what it then takes."""
+        if not self._is_own(network):
+            yield strategy.dtype
+            return
+        forms = None if self.on_cuda else strategy.arithmetic
+        prompt = self.prompt if strategy.fast else None
+        with accelerated(network, forms, strategy.fast, prompt, paired and strategy.fast, cache):
+            yield strategy.arithmetic
+
+    def _is_own(self, network: nn.Module) -> bool:
+        """Whether a network is the checkpoint's own, as it is written."""
+        return network in self.own and is_unmodified(network)
