@@ -37,7 +37,7 @@ class Settings:
     feather: pixels beyond the hole over which the painting fades into the picture.
     soft: grey in the mask means partly: such pixels are let go late in the run, the darker the
         later (differential diffusion, Levin & Fried 2023, arXiv:2306.00950).
-    context: "auto", "whole" or pixels around the hole; see canvas.choose_views.
+    context: "auto", "whole" or pixels around the hole; see view.choose_views.
     separate: parts of the hole that are far apart are painted one after the other.
     expand: pixels to add at the sides and paint, as "left=128,top=64" or a dict.
     fill: what the hole starts from at a strength under 1; see canvas.Canvas.filled. "noise"

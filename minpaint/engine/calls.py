@@ -93,12 +93,13 @@ class Calls:
             x = x.to(arithmetic)
             if self.replay is not None and not hooked:
                 return self.replay(x, t).float()
-            if whole:
-                return unet(x, t, context).float()
-            batches = list(zip(*(torch.split(each, strategy.batch) for each in (x, t, context)), strict=True))
+            batches = [(x, t, context)]
+            if not whole:
+                batches = list(zip(*(torch.split(each, strategy.batch) for each in batches[0]), strict=True))
             if x.is_meta:
                 del batches[2:]  # two take the memory that all take
-            return torch.cat([unet(*batch).float() for batch in batches])
+            outputs = [unet(*batch).float() for batch in batches]
+            return outputs[0] if whole else torch.cat(outputs)
 
     @contextmanager
     def _accelerated(

@@ -273,7 +273,9 @@ class Planner:
         """From the fastest to the one that takes least; caches: with those that keep weights in other forms."""
         plain = Strategy(self.dtype, self.arithmetic)
         slices = [replace(plain, query_rows=rows) for rows in ((None,) if self.fused else QUERY_ROWS)]
-        speeds = [{"fast": True}, {}] if self.on_cuda else [{"fast": True, "keeps_heap": True}, {"fast": True}, {}]
+        speeds: list[dict[str, Any]] = [{"fast": True}, {}]
+        if not self.on_cuda:
+            speeds.insert(0, {"fast": True, "keeps_heap": True})
         if name == "text":
             yield plain
         elif name == "denoise":

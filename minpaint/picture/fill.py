@@ -94,9 +94,8 @@ def nearest(known: Tensor) -> tuple[Tensor, Tensor]:
         here = _overlap(height, jump * down), _overlap(width, jump * right)
         there = _overlap(height, -jump * down), _overlap(width, -jump * right)
         candidate = found[there]
-        away = torch.hypot(
-            (candidate // width - rows[here]).float(), (candidate % width - columns[here]).float()
-        ).masked_fill(candidate < 0, torch.inf)
+        y, x = candidate // width - rows[here], candidate % width - columns[here]
+        away = torch.hypot(y.float(), x.float()).masked_fill(candidate < 0, torch.inf)
         closer = away < distance[here]
         found[here] = torch.where(closer, candidate, found[here])
         distance[here] = torch.where(closer, away, distance[here])

@@ -1,8 +1,8 @@
 """The hole: which pixels are painted, how strongly, and how far the painting may reach out.
 
-White in a mask means repaint; a pixel belongs to the hole from grey level 128 up, or, in a soft
-mask, from 1 up. A hole is a picture in mode L of the image's size: 0 kept, 255 painted, between
-them painted partly (soft masks only).
+White in a mask means repaint. A pixel belongs to the hole from grey level 128 up; in a soft mask
+from 1 up. A hole is a picture in mode L of the image's size: 0 is kept, 255 is painted, and what
+is between them, in soft masks only, is painted in part.
 """
 
 from __future__ import annotations
@@ -38,10 +38,8 @@ def find_hole(image: Image.Image, mask: Image.Image | None, settings: Settings) 
             raise InputError(f"the mask is empty ({mask.width}x{mask.height} pixels)")
         across, down = mask.width * image.height, mask.height * image.width
         if abs(across - down) > SHAPE_TOLERANCE * max(across, down):
-            raise InputError(
-                f"the mask is {mask.width}x{mask.height} but the image {image.width}x{image.height}: "
-                f"the shapes differ; make the mask at the image's size"
-            )
+            sizes = f"the mask is {mask.width}x{mask.height} but the image {image.width}x{image.height}"
+            raise InputError(f"{sizes}: the shapes differ; make the mask at the image's size")
         levels, nothing = _scale(mask if mask.mode == "L" else mask.convert("L"), image.size), NOTHING_TO_PAINT
     else:
         alpha = alpha_of(image)
@@ -112,7 +110,7 @@ def islands(hole: Image.Image, apart: int) -> Iterator[Image.Image]:
     padded = F.pad(to_unit(hole), (0, -hole.width % apart, 0, -hole.height % apart))
     marked = (F.max_pool2d(padded, apart) > 0).double()  # squares of `apart` pixels, [1, 1, y, x]
     labels, before = torch.arange(marked.numel(), 0, -1).reshape(marked.shape) * marked, marked
-    while not torch.equal(labels, before):  # neighbours take the larger label, until a part has only its first's
+    while not torch.equal(labels, before):  # each square takes its neighbours' largest label, until nothing changes
         labels, before = F.max_pool2d(labels, 3, 1, 1) * marked, labels
     for label in sorted(set(labels[labels > 0].tolist()), reverse=True):
         squares = to_levels((labels[0, 0] == label).float())

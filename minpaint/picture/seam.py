@@ -14,7 +14,7 @@ from torch import Tensor
 from minpaint.picture.fill import membrane
 from minpaint.picture.image import to_unit
 
-# chosen among a few pairs by the tiny model's paintings: how true they stay to the prompt, and their seam
+# of a few pairs, the one with which the tiny model's paintings keep to the prompt and show little seam
 SHIFT = 0.15  # of pixels in [-1, 1]: 19 levels
 FADE = 4.0  # pixels
 NEIGHBOURHOOD = 8  # pixels on both sides of the seam that it is compared with
@@ -38,15 +38,15 @@ def match_colour(painted: Tensor, original: Tensor, kept: Tensor) -> Tensor:
 def seam_error(picture: Image.Image, hole: Image.Image) -> float:
     """How much the hole's edge shows, in 8-bit levels; 0 is not at all.
 
-    Across the edge the gradient should be what it is on both sides: the mean over all pairs of
-    pixels across the edge, and the colours, of |step - mean of the two steps beside it|, minus
-    the same over the pairs in the neighbourhood that do not cross it. Never below 0; 0 if there
-    is no edge.
+    The step between two neighbouring pixels should be as large across the edge as beside it. So
+    this is |step - mean of the two steps beside it|, its mean over the colours and all pairs of
+    pixels across the edge, minus its mean over the pairs near the edge that do not cross it.
+    Never below 0; 0 if there is no edge.
     """
-    levels, hole_here = 255 * to_unit(picture.convert("RGB"))[0], (to_unit(hole) > 0).float()
-    size = 2 * NEIGHBOURHOOD + 1
-    with_hole, with_kept = (F.max_pool2d(x, size, 1, NEIGHBOURHOOD)[0, 0] > 0 for x in (hole_here, 1 - hole_here))
-    inside, near = hole_here[0, 0] > 0, with_hole & with_kept
+    levels, inside = 255 * to_unit(picture.convert("RGB"))[0], to_unit(hole)[0] > 0
+    near = torch.stack([inside, ~inside]).float()
+    near = F.max_pool2d(near, 2 * NEIGHBOURHOOD + 1, 1, NEIGHBOURHOOD).all(0)[0]  # both are within reach
+    inside = inside[0]
     across, beside = torch.zeros(2), torch.zeros(2)  # sums and counts
     for _ in range(2):  # along x, then, everything transposed, along y
         if levels.shape[2] >= 4:

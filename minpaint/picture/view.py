@@ -97,10 +97,10 @@ class View:
 
 
 class ReferenceView:
-    """The whole picture as diffusers' pipeline paints it: resampled, and all of it painted anew.
+    """The whole picture as diffusers' pipeline paints it: resampled, and none of its pixels put back.
 
     It has the properties and methods of a View. It makes its canvas at once, from the original
-    picture and mask, so that reference_canvas's InputErrors come before any work is done.
+    picture and mask, so that reference_canvas raises its InputErrors before any work is done.
     """
 
     blends = False
