@@ -29,7 +29,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from minpaint.engine.memory import choose_device, choose_dtype, format_size, give_back
+from minpaint.engine.budget import format_size, release_cached
+from minpaint.engine.device import choose_device, choose_dtype
 from weights.random_checkpoint import FAMILIES, write_checkpoint
 
 RESULTS = Path(__file__).parent / "results"
@@ -239,7 +240,7 @@ def make_pool() -> ProcessPoolExecutor:
 def free_unused(device: torch.device) -> None:
     """Give memory that nobody uses back to the system, so that a peak counts from there."""
     gc.collect()
-    give_back(device)
+    release_cached(device)
 
 
 # Tables and files --------------------------------------------------------------------------------

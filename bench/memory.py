@@ -26,7 +26,7 @@ import torch
 
 import minpaint
 from bench import common
-from minpaint.engine.memory import forget_peak, format_size, peak_memory
+from minpaint.engine.budget import format_size, peak_memory, reset_peak
 from minpaint.painter import open_painter
 from weights.random_checkpoint import FAMILIES
 
@@ -61,7 +61,7 @@ def run_row(row: str, folder: Path, options: argparse.Namespace) -> dict[str, An
     """One row's figures, and its latents as a list."""
     device, dtype = common.place(options)
     pictures, clock, started = common.make_input(options.size), common.StepClock(wait=True), time.perf_counter()
-    forget_peak(device)
+    reset_peak(device)
     planned, how = None, {}
     if row not in MODES:
         budget = None if row in (UNLIMITED, ONCE) else row

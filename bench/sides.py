@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from bench.common import StepClock
 from minpaint.checkpoint.architecture import Architecture
 from minpaint.engine.plan import Request
 from minpaint.engine.run import Run
+from minpaint.models.networks import PlainNetworks
 from minpaint.models.vae import LATENT_CHANNELS
 from minpaint.painter import Painter
 
@@ -84,19 +85,21 @@ class Ours:
     @contextmanager
     def __call__(self, row: str) -> Iterator[Work]:
         """A call ready to be timed; what minpaint caches for it is freed afterwards."""
-        case, machine = self.case, self.painter.machine
-        request = Request(case.size, case.size, case.batch, guided=True, pixels=case.size**2, again=machine.settled)
-        with closing(Run(machine, request, self.painter)) as run:
+        case, painter = self.case, self.painter
+        request = Request(case.size, case.size, case.batch, guided=True, pixels=case.size**2, again=False)
+        networks = PlainNetworks(painter.unet, painter.vae, painter.text_encoder, painter.tokenizer)
+        with painter.engine.run(request, networks) as run:
             yield self.paint if row == "run" else torch.inference_mode()(self.network(run, row))
 
     def network(self, run: Run, row: str) -> Work:
-        inputs, dtype = self.inputs, self.case.dtype
-        context = inputs.context.to(dtype)
-        t = torch.full((len(inputs.x),), TIMESTEP, device=self.case.device)
+        inputs = self.inputs
+        context = inputs.context.to(self.case.dtype)
+        x = torch.cat([inputs.x, inputs.x])
+        t = torch.full((len(x),), TIMESTEP, device=self.case.device)
         return {
-            "encode": lambda: run.encode(inputs.pixels, dtype)[:, :LATENT_CHANNELS],
-            "step": lambda: run.unet(inputs.x, t, context),
-            "decode": lambda: run.decode(inputs.latents, dtype),
+            "encode": lambda: run.encode(inputs.pixels)[0],
+            "step": lambda: run.unet(x, t, context),
+            "decode": lambda: run.decode(inputs.latents),
         }[row]
 
     def paint(self) -> Tensor:

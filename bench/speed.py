@@ -42,14 +42,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import minpaint
-import minpaint.engine.plan
 from bench import common
 from bench.common import OURS, THEIRS, timed
 from bench.sides import Case, Ours, Side, Theirs, Work, load_pipe, make_inputs
 from minpaint.checkpoint.architecture import Architecture, blank_models
 from minpaint.checkpoint.load import outline
+from minpaint.engine.budget import free_memory, is_out_of_memory, peak_memory, reset_peak, used_memory
 from minpaint.engine.measure import measure
-from minpaint.engine.memory import forget_peak, free_memory, is_out_of_memory, peak_memory, used_memory
+from minpaint.engine.winograd import Thresholds
 from weights.random_checkpoint import FAMILIES
 
 NETWORKS = ("encode", "step", "decode")
@@ -130,7 +130,7 @@ def peak_of(side: Side, calls: int, device: torch.device, countable: bool) -> in
     if device.type != "cuda":
         return measure(work).live
     before = used_memory(device)
-    forget_peak(device)
+    reset_peak(device)
     work()
     return peak_memory(device) - before
 
@@ -208,6 +208,8 @@ def measure_family(options: argparse.Namespace, folder: Path, family: str) -> It
     architecture, pipe = outline(folder, half=True), load_pipe(folder, device, dtype)
     everything = used_memory(device) + free_memory(device) * 15 // 16
     painter = minpaint.load(folder, device, dtype, everything)
+    # the few steps of a run stand for as many as were asked for
+    painter.engine.thresholds = Thresholds(cached_steps=0)
     for case in cases:
         inputs, flops = make_inputs(architecture, case), count_flops(architecture, case, options.steps)
         contestants: dict[str, Any] = {OURS: Ours(painter, inputs, case), THEIRS: Theirs(pipe, inputs, case)}
@@ -250,7 +252,6 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    minpaint.engine.plan.FEW_STEPS = 0  # the few steps of a run stand for as many as were asked for
     asked = dict(vars(options))
     options.product_speed = product_speed(*common.place(options))
     rows = common.measure_families(options.families, partial(measure_family, options))

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minpaint.checkpoint.configs import vae_config
-from minpaint.engine.banded import Bands, set_bands
+from minpaint.engine.banded import Bands, set_attention_slices, set_bands, sliced_attend
 from minpaint.engine.measure import measure
-from minpaint.engine.plan import set_query_rows
 from minpaint.models.attention import Attention, attend
 from minpaint.models.vae import VAE
 from weights.random_checkpoint import FAMILIES, randomise
@@ -104,7 +103,7 @@ def test_some_bands_take_the_memory_of_all() -> None:
 def test_query_rows_do_not_change_attention(n: int, m: int, rows: int) -> None:
     generator = torch.Generator().manual_seed(n)
     q, k, v = (torch.randn(2, 3, length, 16, generator=generator) for length in (n, m, m))
-    assert relative_error(attend(q, k, v, rows), attend(q, k, v)) < 1e-6
+    assert relative_error(sliced_attend(rows)(q, k, v), attend(q, k, v)) < 1e-6
 
 
 def test_query_rows_reach_every_attention_and_bound_its_scores() -> None:
@@ -112,6 +111,9 @@ def test_query_rows_reach_every_attention_and_bound_its_scores() -> None:
     features = torch.empty(1, 512, 64, 64, device="meta")
     scores = 4096 * 4096 * 4  # bytes
     assert measure(lambda: vae.decoder.mid_block(features), fused=False).live > scores
-    set_query_rows(vae, 128)
-    assert {module.query_rows for module in vae.modules() if isinstance(module, Attention)} == {128}
+    set_attention_slices(vae, 128)
+    attentions = [module for module in vae.modules() if isinstance(module, Attention)]
+    assert all(module.attend is not attend for module in attentions)
     assert measure(lambda: vae.decoder.mid_block(features), fused=False).live < scores
+    set_attention_slices(vae, None)
+    assert all(module.attend is attend for module in attentions)

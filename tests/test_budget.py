@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import largest_level_difference, make_mask, make_picture, mean_level_difference, relative_error
-from minpaint.engine.budget import capped, is_out_of_memory, release_cached, used_memory
-from minpaint.engine.device import has_bfloat16_kernels
 from PIL import Image
 from torch import Tensor, nn
 
 import minpaint
 from minpaint.cli.main import main
-from minpaint.engine import fast
+from minpaint.engine.budget import capped, is_out_of_memory, release_cached, used_memory
+from minpaint.engine.device import has_bfloat16_kernels
 from minpaint.engine.measure import measure
 from minpaint.engine.plan import Planner, Request
 from minpaint.engine.run import Engine, Run
+from minpaint.engine.winograd import Thresholds
 from minpaint.errors import MinpaintWarning
 from minpaint.models.networks import PlainNetworks
 from minpaint.painter import Painter, open_painter
@@ -132,11 +132,10 @@ def doubled_inputs(ours: Painter) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.usefixtures("without_base")
-def test_filters_are_cached_where_there_is_room(checkpoint: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, small in (("NARROW", 8), ("SMALL", 5 * 5), ("SMALLEST", 4 * 4)):  # as the networks of tests are
-        monkeypatch.setattr(fast, name, small)
+def test_filters_are_cached_where_there_is_room(checkpoint: Folders) -> None:
     request = Request(64, 64)
     full = minpaint.load(checkpoint("small-sd2"), "cpu", "fp32")
+    full.engine.thresholds = Thresholds(channels=8, f4_cells=5 * 5, f2_cells=4 * 4)  # as small as the networks here
     planner = full.engine.planner()
     widened = Planner(planner.architecture, full.device, torch.bfloat16, torch.float32)
     cached, half = (each.choose(request, UNLIMITED, 0) for each in (planner, widened))

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_FAMILIES, largest_level_difference, relative_error
-from minpaint.engine.budget import capped, is_out_of_memory, release_cached, used_memory
 from PIL import Image
 
 import minpaint
+from minpaint.engine.budget import capped, is_out_of_memory, release_cached, used_memory
 from minpaint.engine.residency import split_weights
 from minpaint.painter import Painter, open_painter
 from minpaint.picture.frame import open_frame

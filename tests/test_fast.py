@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import minpaint
-from minpaint.engine import fast, memory
+from minpaint.engine import fast
 from minpaint.engine import run as machine
-from minpaint.engine.fast import F2, F4, Filtering, Held, Prompt, accelerated, can_hold, convolve, is_known
-from minpaint.engine.memory import WORTH, Replay, bfloat16_is_quicker, choose_arithmetic, is_watched
+from minpaint.engine.cuda import GraphReplay, exact_float32, has_hooks
+from minpaint.engine.device import choose_arithmetic, has_bfloat16_units
+from minpaint.engine.fast import Cache, PromptCache, accelerated, can_cache, convolve, is_unmodified
 from minpaint.engine.plan import Planner, Request
+from minpaint.engine.winograd import F2, F4, Filtering, LayerCache, Thresholds, winograd_convolve
 from minpaint.errors import MinpaintWarning
 from minpaint.models.attention import TransformerBlock
 
@@ -42,13 +44,8 @@ def test_winograds_convolution_is_a_convolution(
     generator = torch.Generator().manual_seed(batch * height + width)
     x = torch.randn(batch, channels, height, width, generator=generator)
     weight, bias = torch.randn(outputs, channels, 3, 3, generator=generator), torch.randn(outputs, generator=generator)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast, "FEWEST_TILES", together)
-        patch.setattr(fast, "FEW_TILES", few)
-        patch.setattr(fast, "CHUNK", 1)
-        patch.setattr(fast, "OUTPUTS", 32)
-        held: Held = {}
-        found, again, anew = (fast._winograd(x, weight, bias, form, hold) for hold in (held, held, None))
+    thresholds, cache = Thresholds(tiles=together, few_tiles=few, chunk=1, outputs=32), LayerCache()
+    found, again, anew = (winograd_convolve(x, weight, bias, form, kept, thresholds) for kept in (cache, cache, None))
     exact = nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     size = x.abs().max() * weight.flatten(1).norm(dim=1).max()  # of what comes out, unless its terms cancel
     assert torch.equal(found, again)
@@ -78,23 +75,19 @@ def test_every_shape_of_convolution_finds_a_form(
     side: int,
     kind: torch.dtype,
     quick: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fast, "OUTPUTS", 50)
+    thresholds = Thresholds(outputs=50)
     x = torch.randn(2, channels, side, side)
     weight, bias = torch.randn(outputs, channels, kernel, kernel).to(kind), torch.randn(outputs).to(kind)
     exact = nn.functional.conv2d(x, weight.float(), bias.float(), stride, padding)
-    wide = convolve(x, weight, bias, stride, padding, quick)
+    wide = convolve(x, weight, bias, stride, padding, quick, None, thresholds)
     assert wide.dtype == torch.float32
     assert relative_error(wide, exact) < 1e-5
-    assert convolve(x.to(kind), weight, bias, stride, padding, quick).dtype == kind
+    assert convolve(x.to(kind), weight, bias, stride, padding, quick, None, thresholds).dtype == kind
 
 
-@pytest.fixture
-def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks are too narrow for Winograd's way; here nothing is."""
-    monkeypatch.setattr(fast, "NARROW", 8)
-    monkeypatch.setattr(fast, "SMALL", 4)
+# Small networks are too narrow for Winograd's method otherwise.
+EVERYWHERE = Thresholds(channels=8, f4_cells=4)
 
 
 def inputs(painter: minpaint.Painter) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,31 +98,29 @@ def inputs(painter: minpaint.Painter) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("family", ["small-sd1", "small-sd2"])
-@pytest.mark.usefixtures("everywhere")
 def test_a_network_gives_the_same_and_keeps_no_trace(checkpoint: Callable[[str], Path], family: str) -> None:
     painter = minpaint.load(checkpoint(family), "cpu", "fp32")
     x, t, context = inputs(painter)
     plain, before = painter.unet(x, t, context), [dict(vars(module)) for module in painter.unet.modules()]
-    prompt = Prompt(context)
+    prompt = PromptCache(context)
     for _ in range(2):
-        with accelerated(painter.unet, torch.float32, prompt=prompt):
+        with accelerated(painter.unet, torch.float32, prompt=prompt, thresholds=EVERYWHERE):
             found = painter.unet(x, t, context)
         assert 0 < relative_error(found, plain) < 1e-5
-    assert [vars(module).keys() for module in painter.unet.modules()] == [held.keys() for held in before]
+    assert [vars(module).keys() for module in painter.unet.modules()] == [attributes.keys() for attributes in before]
     assert torch.equal(painter.unet(x, t, context), plain)
     latents = torch.randn(1, 4, 12, 9)
-    with accelerated(painter.vae, torch.float32):
+    with accelerated(painter.vae, torch.float32, thresholds=EVERYWHERE):
         decoded = painter.vae.decode(latents)
     assert 0 < relative_error(decoded, painter.vae.decode(latents)) < 1e-4
 
 
-@pytest.mark.usefixtures("everywhere")
 def test_half_precision_computed_in_float32_is_nearer_to_it(checkpoint: Callable[[str], Path]) -> None:
     half, full = (minpaint.load(checkpoint("small-sd1"), "cpu", dtype) for dtype in ("bf16", "fp32"))
     x, t, context = inputs(full)
     exact = full.unet(x, t, context)
     plain = half.unet(x.bfloat16(), t, context.bfloat16())
-    with accelerated(half.unet, torch.float32):
+    with accelerated(half.unet, torch.float32, thresholds=EVERYWHERE):
         found = half.unet(x, t, context)
     assert found.dtype == torch.float32
     assert relative_error(found, exact) < relative_error(plain.float(), exact)
@@ -138,14 +129,14 @@ def test_half_precision_computed_in_float32_is_nearer_to_it(checkpoint: Callable
 def test_keys_and_values_of_the_prompt_alone_are_remembered(checkpoint: Callable[[str], Path]) -> None:
     painter = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32")
     x, t, context = inputs(painter)
-    prompt = Prompt(context)
+    prompt = PromptCache(context)
     with accelerated(painter.unet, None, prompt=prompt):
         painter.unet(x, t, context)
-        made = dict(prompt.made)
+        made = dict(prompt.computed)
         assert made
         context += 1  # nobody else has this tensor: that it is not looked at again shows
         painter.unet(x, t, context)
-        assert prompt.made == made
+        assert prompt.computed == made
         other = context.clone()
         assert relative_error(painter.unet(x, t, other), painter.unet(x, t, context)) > 1e-6
     assert torch.equal(painter.unet(x, t, other), painter.unet(x, t, context))
@@ -157,19 +148,19 @@ def test_queries_keys_and_values_of_self_attention_are_one_product(
 ) -> None:
     painter = minpaint.load(checkpoint(family), "cpu", "fp32")
     x, t, context = inputs(painter)
-    plain, held = painter.unet(x, t, context), {}
+    plain, cache = painter.unet(x, t, context), Cache()
     queried: list[nn.Module] = []
     itself = [module.attn1 for module in painter.unet.modules() if isinstance(module, TransformerBlock)]
     for attention in itself:
         attention.to_q.register_forward_hook(lambda layer, *_: queried.append(layer))
     for _ in range(2):
-        with accelerated(painter.unet, None, held=held):
+        with accelerated(painter.unet, None, cache=cache):
             assert relative_error(painter.unet(x, t, context), plain) < 1e-5
     assert not queried
-    joined = [tensor for forms in held.values() for made in forms.values() for tensor in made]
+    fused = [tensor for forms in cache.values() for made in forms.values() for tensor in made]
     planner = Planner(painter.machine.checkpoint.architecture, torch.device("cuda"), torch.float32)
-    assert len(joined) == len(itself)
-    assert planner.choose(Request(64, 64), 2**40, 0).phases["denoise"].held == sum(tensor.nbytes for tensor in joined)
+    assert len(fused) == len(itself)
+    assert planner.choose(Request(64, 64), 2**40, 0).phases["denoise"].held == sum(tensor.nbytes for tensor in fused)
     painter.unet(x, t, context)
     assert queried == [attention.to_q for attention in itself]
 
@@ -180,19 +171,19 @@ def test_a_changed_layer_is_not_accelerated(checkpoint: Callable[[str], Path]) -
             return 2 * super().forward(x)
 
     painter = minpaint.load(checkpoint("small-sd1"), "cpu", "bf16")
-    assert is_known(painter.unet)
+    assert is_unmodified(painter.unet)
     layer = painter.unet.time_embedding.linear_1
     louder = Louder(layer.in_features, layer.out_features, dtype=torch.bfloat16)
     louder.load_state_dict(layer.state_dict())
     painter.unet.time_embedding.linear_1 = louder
-    assert not is_known(painter.unet)
+    assert not is_unmodified(painter.unet)
     [painting] = painter(make_picture(), make_mask(), "a dog", steps=2)
     assert painting.latents.isfinite().all()
 
 
 def test_a_run_uses_it_and_lets_go(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[bool | None] = []
-    monkeypatch.setattr(machine, "keep_heap", lambda device, keep: kept.append(keep))
+    monkeypatch.setattr(machine, "tune_heap", lambda device, keep: kept.append(keep))
     painter = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32")
     steps = painter.steps(make_picture(), make_mask(), "a dog", steps=3)
     next(steps)
@@ -240,22 +231,17 @@ def test_what_comes_before_the_prompt_is_computed_once(checkpoint: Callable[[str
 
 
 @pytest.fixture
-def processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes PyTorch say of the processor what a test wants."""
 
     def be(kernels: bool, **capabilities: bool) -> None:
-        choose_arithmetic.cache_clear()
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: kernels, raising=False)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
 
-    yield be
-    choose_arithmetic.cache_clear()
+    return be
 
 
-def test_the_processor_is_asked_for_units_and_nothing_is_timed(
-    processor: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "bfloat16_is_quicker", lambda: pytest.fail("timed"))
+def test_the_processor_is_asked_for_units(processor: Callable[..., None]) -> None:
     for kernels, amx, avx512, chosen in (
         (True, True, True, torch.bfloat16),
         (True, False, True, torch.bfloat16),
@@ -265,37 +251,24 @@ def test_the_processor_is_asked_for_units_and_nothing_is_timed(
     ):
         processor(kernels, amx_bf16=amx, avx512_bf16=avx512, avx2=True)
         assert choose_arithmetic(CPU, torch.bfloat16) == chosen
-        assert can_hold(torch.bfloat16, torch.bfloat16) == kernels
-        assert not can_hold(torch.bfloat16, torch.float32)
+        assert can_cache(torch.bfloat16, torch.bfloat16) == kernels
+        assert not can_cache(torch.bfloat16, torch.float32)
+    for bf16 in (True, False):
+        processor(True, neon=True, bf16=bf16)  # ARM
+        assert choose_arithmetic(CPU, torch.bfloat16) == (torch.bfloat16 if bf16 else torch.float32)
     assert choose_arithmetic(CPU, torch.float16) == torch.float16
     assert choose_arithmetic(torch.device("cuda"), torch.bfloat16) == torch.bfloat16
 
 
-@pytest.mark.parametrize("quicker", [True, False])
-def test_where_pytorch_cannot_tell_products_are_timed(
-    processor: Callable[..., None], monkeypatch: pytest.MonkeyPatch, quicker: bool
+@pytest.mark.parametrize("features", ["fp asimd bf16 i8mm", "fpu avx512f avx512_bf16", "fpu avx512f avx512bw", None])
+def test_linux_is_asked_for_units_where_pytorch_cannot_tell(
+    processor: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, features: str | None
 ) -> None:
-    monkeypatch.setattr(memory, "bfloat16_is_quicker", lambda: quicker)
-    processor(True, neon=True)
-    assert choose_arithmetic(CPU, torch.bfloat16) == (torch.bfloat16 if quicker else torch.float32)
-
-
-@pytest.mark.parametrize("overhead", [1e-6, 1e-4])
-@pytest.mark.parametrize(
-    ("full", "half"), [(60e9, 0.17e9), (60e9, 360e9), (60e9, 120e9), (60e9, 60e9), (1e9, 1e9), (0.2e9, 0.17e9)]
-)
-def test_timing_products_takes_little_time_however_slow_they_are(full: float, half: float, overhead: float) -> None:
-    """With a clock that is moved by what the products would take, at so many operations a second."""
-    now = 0.0
-
-    def product(a: Tensor, b: Tensor) -> None:
-        nonlocal now
-        now += overhead + 2 * len(a) ** 3 / (full if a.dtype == torch.float32 else half)
-
-    threads = torch.get_num_threads()
-    assert bfloat16_is_quicker(product, lambda: now) == (half > WORTH * full)
-    assert 0 < now < 0.3
-    assert torch.get_num_threads() == threads
+    processor(True)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    if features:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {features}\n")
+    assert has_bfloat16_units(str(tmp_path / "cpuinfo")) == ("bf16" in (features or ""))
 
 
 @pytest.mark.parametrize("refused", ["mkldnn_reorder_conv2d_weight", "_convolution_pointwise"])
@@ -315,20 +288,20 @@ def test_packed_weights_that_are_refused_end_in_the_plain_layer(
     monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda weight: weight)
     monkeypatch.setattr(torch.ops.aten, "mkldnn_reorder_conv2d_weight", lambda weight, *_: weight)
     monkeypatch.setattr(torch.ops.aten if refused.startswith("mkldnn") else torch.ops.mkldnn, refused, refuse)
-    fast._tell_refusal.cache_clear()
-    held: dict[nn.Module, Held] = {}
+    fast._warn_of_refusal.cache_clear()
+    cache = Cache()
 
-    def call(held: dict[nn.Module, Held] | None) -> Tensor:
-        with accelerated(painter.unet, torch.bfloat16, held=held):
+    def call(cache: Cache | None) -> Tensor:
+        with accelerated(painter.unet, torch.bfloat16, cache=cache):
             return painter.unet(x.bfloat16(), t, context.bfloat16())
 
     plain = call(None)
     with pytest.warns(MinpaintWarning, match="refuses packed bfloat16 weights .the processor lacks") as told:
-        found = [call(held) for _ in range(2)]
+        found = [call(cache) for _ in range(2)]
     assert all(torch.equal(each, plain) for each in found)
     assert len(told) == 1
-    assert len(asked) == len(held) == sum(isinstance(module, nn.Conv2d) for module in painter.unet.modules())
-    assert not any(made for forms in held.values() for made in forms.values())
+    assert len(asked) == len(cache) == sum(isinstance(module, nn.Conv2d) for module in painter.unet.modules())
+    assert not any(made for forms in cache.values() for made in forms.values())
     refusal = MemoryError()
     with pytest.raises(MemoryError):  # is no refusal, and there is a plan for it
         call({})
@@ -357,7 +330,7 @@ def test_a_replay_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, stand_in in (("CUDAGraph", Graph), ("graph", Recording), ("device", Recording)):
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    replay = Replay(double, CPU)
+    replay = GraphReplay(double, CPU)
     results = [replay(torch.full((2,), float(x)), torch.tensor(1.0)) for x in range(4)]
     assert [ran.count(name) for name in ("record", "replay")] == [1 + 3, 3]  # the device is entered three times
     assert [float(result[0]) for result in results] == [1.0, 3.0, 5.0, 7.0]
@@ -368,7 +341,7 @@ def test_float32_on_a_gpu_is_float32() -> None:
         before = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = True
         try:
-            with memory.exact(device, torch.float32):
+            with exact_float32(device, torch.float32):
                 assert torch.backends.cudnn.allow_tf32 is inside
             assert torch.backends.cudnn.allow_tf32 is True
         finally:
@@ -387,8 +360,8 @@ def test_a_picture_that_is_all_hole_is_encoded_once(checkpoint: Callable[[str], 
 
 def test_hooks_are_noticed() -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    assert not is_watched(network)
+    assert not has_hooks(network)
     hook = network[1].register_forward_hook(lambda *_: None)
-    assert is_watched(network)
+    assert has_hooks(network)
     hook.remove()
-    assert not is_watched(network)
+    assert not has_hooks(network)

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import largest_level_difference, make_mask, make_picture, relative_error
-from minpaint.engine.budget import parse_budget
-from minpaint.engine.device import choose_device, choose_dtype
 from PIL import Image
 
 import minpaint
+from minpaint.engine.budget import parse_budget
+from minpaint.engine.device import choose_device, choose_dtype
 from minpaint.errors import MinpaintWarning
 from minpaint.painter import Painter
 from minpaint.picture.frame import open_frame

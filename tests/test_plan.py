@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_mask, make_picture
-from minpaint.engine.budget import choose_budget, used_memory
 
 import minpaint
 from minpaint.checkpoint.architecture import Architecture, blank_models, split_vae
@@ -20,6 +19,7 @@ from minpaint.checkpoint.configs import text_config, unet_config, vae_config
 from minpaint.checkpoint.load import outline
 from minpaint.checkpoint.tensorfile import Stored
 from minpaint.cli.main import main
+from minpaint.engine.budget import choose_budget, used_memory
 from minpaint.engine.measure import measure
 from minpaint.engine.plan import PHASES, Plan, Planner, Request
 from minpaint.engine.residency import split_weights

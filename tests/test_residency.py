@@ -1,4 +1,4 @@
-"""Weights that come and go, or flow, are the files'; those that somebody changed stay."""
+"""Weights that are loaded and offloaded, or streamed, are the files'; those that somebody changed stay."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from conftest import make_mask, make_picture
 
 import minpaint
 from minpaint.checkpoint.tensorfile import empty_pages
-from minpaint.engine import residency
+from minpaint.engine.budget import release_cached, used_memory
 from minpaint.engine.measure import measure
-from minpaint.engine.memory import give_back, used_memory
-from minpaint.engine.residency import divide
+from minpaint.engine.residency import CopyStream, split_weights
 from minpaint.painter import open_frame, open_painter
 from minpaint.settings import Settings
 
@@ -26,12 +25,12 @@ UNLIMITED = 2**50
 
 
 @pytest.mark.usefixtures("without_base")
-def test_networks_can_be_called_when_their_weights_are_out(checkpoint: Folders) -> None:
+def test_networks_can_be_called_when_their_weights_are_offloaded(checkpoint: Folders) -> None:
     rich = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32", budget=UNLIMITED)
     poor = open_painter(checkpoint("small-sd1"), "cpu", "fp32", None, None)
     poor.machine.budget = poor.machine.parts["unet"].size + 2**20
     for ours in (rich, poor):
-        assert (ours.machine.parts["unet"].held > 0) == (ours is rich)
+        assert (ours.machine.parts["unet"].resident_size > 0) == (ours is rich)
     x, t, context = torch.randn(1, 9, 8, 8), torch.tensor([5]), torch.randn(1, 77, 64)
     pixels = torch.randn(1, 3, 64, 64)
     for call in (
@@ -42,43 +41,40 @@ def test_networks_can_be_called_when_their_weights_are_out(checkpoint: Folders) 
         lambda ours: ours.unet(x, t, context),
     ):
         assert torch.equal(call(poor), call(rich))
-    assert sum(part.held for part in poor.machine.parts.values()) <= poor.machine.budget
+    assert sum(part.resident_size for part in poor.machine.parts.values()) <= poor.machine.budget
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_flowing_weights_are_the_files(
-    checkpoint: Folders, part: str, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_streamed_weights_are_the_files(checkpoint: Folders, part: str, dtype: str) -> None:
     """Every layer computes with its own weights, in turn, round again, and out of turn."""
-    monkeypatch.setattr(residency, "SMALL", 0)
     resident = minpaint.load(checkpoint("small-sd1"), "cpu", dtype)
-    flowing = open_painter(checkpoint("small-sd1"), "cpu", dtype, None, None)
-    mine = flowing.machine.parts[part]
-    order = flowing.machine.planner.order(part)
-    division = divide(mine.directory, mine.dtype, order, 0)
-    assert len(division.chunks) > 2
-    mine.come(division)
+    streamed = open_painter(checkpoint("small-sd1"), "cpu", dtype, None, None)
+    mine = streamed.machine.parts[part]
+    order = streamed.machine.planner.order(part)
+    split = split_weights(mine.directory, mine.dtype, order, 0, smallest=0)
+    assert len(split.chunks) > 2
+    mine.load(split)
     inputs: tuple[Any, ...] = (torch.zeros(1, 77, dtype=torch.long),)
     if part == "unet":
         inputs = (torch.randn(2, 9, 8, 8), torch.tensor([5, 9]), torch.randn(2, 77, 64))
         inputs = (inputs[0].to(mine.dtype), inputs[1], inputs[2].to(mine.dtype))
     for _ in range(3):
-        theirs, ours = getattr(resident, part)(*inputs), getattr(flowing, part)(*inputs)
+        theirs, ours = getattr(resident, part)(*inputs), getattr(streamed, part)(*inputs)
         assert torch.equal(ours if part == "unet" else ours[0], theirs if part == "unet" else theirs[0])
     theirs = resident.machine.parts[part].model
-    for name in [division.chunks[-1][0], division.chunks[0][0], division.chunks[1][0]]:
+    for name in [split.chunks[-1][0], split.chunks[0][0], split.chunks[1][0]]:
         layer = name.rpartition(".")[0]
-        with pytest.raises((RuntimeError, TypeError, IndexError)):  # an input that no layer takes; its weights come
+        with pytest.raises((RuntimeError, TypeError, IndexError)):  # None is no input; the weights are loaded first
             mine.model.get_submodule(layer)(None)
         assert torch.equal(mine.model.get_parameter(name), theirs.get_parameter(name))
-    mine.go()
-    assert mine.held == 0
+    mine.offload()
+    assert mine.resident_size == 0
     assert all(parameter.is_meta for parameter in mine.model.parameters())
 
 
-class SlowLane:
-    """A GPU's copies as far as a CPU can show them: a buffer on either side, filled late and by somebody else."""
+class SlowCopies(CopyStream):
+    """A GPU's copies as far as a CPU can show them: two buffers, of which a thread fills the second late."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = ThreadPoolExecutor(1)
@@ -87,45 +83,45 @@ class SlowLane:
     def buffers(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
 
-    def mark(self) -> None:
+    def record(self) -> None:
         """On the CPU all work is done when the next begins."""
 
-    def send(self, here: torch.Tensor, there: torch.Tensor, after: None) -> Future[None]:
-        def copy() -> None:
+    def copy(self, host: torch.Tensor, device: torch.Tensor, after: None) -> Future[None]:
+        def late() -> None:
             time.sleep(0.002)
-            there.copy_(here)
+            device.copy_(host)
             self.copies += 1
 
-        return self.stream.submit(copy)
+        return self.stream.submit(late)
 
-    def wait(self, mark: Future[None] | None) -> None:
-        if mark is not None:
-            mark.result()
+    def wait(self, event: Future[None] | None) -> None:
+        if event is not None:
+            event.result()
 
-    finish = wait
+    synchronize = wait
 
 
-def test_flowing_weights_wait_for_a_stream_of_copies(checkpoint: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residency, "Lane", SlowLane)
+def test_streamed_weights_wait_for_their_copies(checkpoint: Folders) -> None:
     resident = minpaint.load(checkpoint("small-sd2"), "cpu", "bf16")
-    flowing = open_painter(checkpoint("small-sd2"), "cpu", "bf16", None, None)
-    part = flowing.machine.parts["unet"]
-    part.come(divide(part.directory, part.dtype, flowing.machine.planner.order("unet"), 0))
-    assert part.flow is not None
+    streamed = open_painter(checkpoint("small-sd2"), "cpu", "bf16", None, None)
+    part = streamed.machine.parts["unet"]
+    part.copy_stream = SlowCopies
+    part.load(split_weights(part.directory, part.dtype, streamed.machine.planner.order("unet"), 0))
+    assert part.stream is not None
     x, context = (torch.randn(size).bfloat16() for size in ((2, 9, 8, 8), (2, 77, 64)))
     t = torch.tensor([5, 9])
     expected = resident.unet(x, t, context)
     for _ in range(3):
-        assert torch.equal(flowing.unet(x, t, context), expected)
-    assert part.flow.lane.copies >= 3 * len(part.flow.chunks)  # type: ignore[attr-defined]
-    part.go()
+        assert torch.equal(streamed.unet(x, t, context), expected)
+    assert part.stream.copies.copies >= 3 * len(part.stream.split.chunks)  # type: ignore[attr-defined]
+    part.offload()
 
 
-def test_a_file_that_vanishes_while_weights_flow_is_one_line(copy: Folders) -> None:
+def test_a_file_that_vanishes_while_weights_are_streamed_is_one_line(copy: Folders) -> None:
     folder = copy("small-sd1")
     ours = open_painter(folder, "cpu", "bf16", None, None)
     part = ours.machine.parts["unet"]
-    part.come(divide(part.directory, part.dtype, ours.machine.planner.order("unet"), 0))
+    part.load(split_weights(part.directory, part.dtype, ours.machine.planner.order("unet"), 0))
     for file in folder.glob("unet/*.safetensors"):
         file.unlink()
     with pytest.raises(minpaint.CheckpointError, match="cannot be read"):
@@ -185,19 +181,19 @@ def test_weights_that_are_read_lie_aligned_and_go_back_to_the_system() -> None:
 
 @pytest.mark.slow
 def test_many_paintings_take_no_more_than_few(checkpoint: Folders, capsys: pytest.CaptureFixture[str]) -> None:
-    """A hundred in one process, under a budget that has the weights come and go."""
+    """A hundred in one process, whose weights are offloaded again and again."""
     ours = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32")
     picture, mask, cpu = make_picture(32, 32), make_mask(32, 32), torch.device("cpu")
     parts = ours.machine.parts.values()
-    held = []
+    used = []
     for number in range(100):
         ours(picture, mask, "a dog", steps=1, seed=number)
         if number % 4 == 0:
             for part in parts:
-                part.go()
+                part.offload()
         if number in (24, 99):
-            give_back(cpu)
-            held.append(used_memory(cpu))
+            release_cached(cpu)
+            used.append(used_memory(cpu))
     with capsys.disabled():
-        print(f"\n100 paintings: {held[0] / 2**20:.1f} MiB after 25, {held[1] / 2**20:.1f} MiB after 100")
-    assert held[1] - held[0] < 8 * 2**20
+        print(f"\n100 paintings: {used[0] / 2**20:.1f} MiB after 25, {used[1] / 2**20:.1f} MiB after 100")
+    assert used[1] - used[0] < 8 * 2**20

@@ -259,7 +259,8 @@ def _plan(options: argparse.Namespace) -> None:
     """Print what a run will take."""
     _quieten()
     from minpaint.checkpoint.load import outline
-    from minpaint.engine.memory import choose_budget, choose_device, choose_dtype, dtype_name, format_size, used_memory
+    from minpaint.engine.budget import choose_budget, format_size, used_memory
+    from minpaint.engine.device import choose_device, choose_dtype, dtype_name
     from minpaint.engine.plan import Planner, Request, round_up
     from minpaint.picture.view import WHOLE
 
@@ -331,7 +332,8 @@ def _paint(options: argparse.Namespace) -> None:
     if options.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with _told(note), _Progress(options.quiet) as progress, ThreadPoolExecutor(1) as beside, _no_collection() as loaded:
-        from minpaint.engine.memory import dtype_name, format_size
+        from minpaint.engine.budget import format_size
+        from minpaint.engine.device import dtype_name
         from minpaint.painter import open_painter
         from minpaint.picture.explain import explain
         from minpaint.picture.frame import open_frame
@@ -421,7 +423,7 @@ def _record(options: argparse.Namespace, settings: Any, painter: Any, image: Any
     import torch
 
     from minpaint.checkpoint.hub import fingerprint, sha256
-    from minpaint.engine.memory import dtype_name
+    from minpaint.engine.device import dtype_name
 
     def digest(source: str | BytesIO | None) -> str | None:
         if isinstance(source, BytesIO):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minpaint.models.attention import Attention, attend
 from minpaint.models.layers import Downsample, ResidualBlock, Upsample
 from minpaint.models.vae import VAE, Decoder, DecoderBlock, Encoder, EncoderBlock, MidBlock
 
@@ -53,6 +54,29 @@ class Map:
     height: int
     rows: Callable[[int, int], Tensor]
     held: Tensor | None = None
+
+
+def set_attention_slices(model: nn.Module, rows: int | None) -> None:
+    """Let all attention of a model run from `rows` query tokens at a time; None: from all at once."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            vars(module).pop("attend", None)
+            if rows is not None:
+                vars(module)["attend"] = sliced_attend(rows)
+
+
+def sliced_attend(rows: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """models.attention.attend with the scores of `rows` query tokens in memory at a time.
+
+    A token of the result depends on one query only, so the slices together give the same.
+    """
+
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if rows >= q.shape[2]:
+            return attend(q, k, v)
+        return torch.cat([attend(part, k, v) for part in torch.split(q, rows, dim=2)], dim=2)
+
+    return sliced
 
 
 def set_bands(vae: VAE, bands: Bands | None) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minpaint.engine.banded import Bands, set_attention_slices, set_bands
 from minpaint.engine.cuda import GraphReplay, has_hooks
 from minpaint.engine.fast import Cache, PromptCache, accelerated, is_unmodified
+from minpaint.engine.winograd import Thresholds
 from minpaint.models.networks import PlainNetworks
 
 
@@ -47,12 +48,20 @@ class Calls:
     own: the checkpoint's own modules; somebody may have replaced those of `networks`, and a
     replacement is called as it is. guided: the second half of every batch of the UNet repeats the
     first beside another prompt. on_cuda: what computes is a GPU, on which layers stay as written.
+    thresholds: where faster ways to compute begin to pay.
     """
 
     def __init__(
-        self, networks: PlainNetworks, own: tuple[nn.Module, ...], device: torch.device, guided: bool, on_cuda: bool
+        self,
+        networks: PlainNetworks,
+        own: tuple[nn.Module, ...],
+        device: torch.device,
+        guided: bool,
+        on_cuda: bool,
+        thresholds: Thresholds,
     ) -> None:
-        self.networks, self.own, self.device, self.guided, self.on_cuda = networks, own, device, guided, on_cuda
+        self.networks, self.own, self.device = networks, own, device
+        self.guided, self.on_cuda, self.thresholds = guided, on_cuda, thresholds
         self.forget()
 
     def forget(self) -> None:
@@ -111,7 +120,8 @@ class Calls:
             return
         forms = None if self.on_cuda else strategy.arithmetic
         prompt = self.prompt if strategy.fast else None
-        with accelerated(network, forms, strategy.fast, prompt, paired and strategy.fast, cache):
+        paired = paired and strategy.fast
+        with accelerated(network, forms, strategy.fast, prompt, paired, cache, self.thresholds):
             yield strategy.arithmetic
 
     def _is_own(self, network: nn.Module) -> bool:

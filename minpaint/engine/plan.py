@@ -24,6 +24,7 @@ from minpaint.engine.device import choose_arithmetic, dtype_name, without_gradie
 from minpaint.engine.fast import can_cache
 from minpaint.engine.measure import measure
 from minpaint.engine.residency import Split, split_weights, total_size
+from minpaint.engine.winograd import DEFAULTS, Thresholds
 from minpaint.errors import BudgetError
 from minpaint.models.networks import PlainNetworks
 from minpaint.models.vae import LATENT_CHANNELS
@@ -32,10 +33,6 @@ PHASES = {"text": "text_encoder", "encode": "encoder", "denoise": "unet", "decod
 STREAMED = ("text_encoder", "unet")  # the VAE's weights are little beside its feature maps
 BANDS = (None, 16, 64)
 QUERY_ROWS = (None, 1024, 128)  # of attention that keeps its scores; a fused kernel does not
-# Transformed filters are cached for runs of at most so many pixels in all rows of a call, and at least so
-# many steps: otherwise they save less time than it takes to get memory for them.
-CACHED_PIXELS = 3 * 2**18
-CACHED_STEPS = 30
 LATENTS = 24  # float32 tensors of the latents' shape around the UNet: sampler, history, conditioning
 
 # On CUDA: the workspaces of cuBLAS, and the share that the caching allocator cannot use of what it holds.
@@ -161,7 +158,8 @@ class Planner:
     """Plans for one checkpoint on one device; measures each call once.
 
     arithmetic: the number format computed in; None leaves it to the processor. fused: whether
-    attention has a kernel that does not keep all scores; None asks the device.
+    attention has a kernel that does not keep all scores; None asks the device. thresholds: where
+    faster ways to compute begin to pay.
     """
 
     def __init__(
@@ -171,8 +169,9 @@ class Planner:
         dtype: torch.dtype,
         arithmetic: torch.dtype | None = None,
         fused: bool | None = None,
+        thresholds: Thresholds = DEFAULTS,
     ) -> None:
-        self.architecture, self.device, self.dtype = architecture, device, dtype
+        self.architecture, self.device, self.dtype, self.thresholds = architecture, device, dtype, thresholds
         self.on_cuda = device.type == "cuda"
         self.arithmetic = arithmetic or choose_arithmetic(device, dtype)
         self.fused = attention_is_fused(device, self.arithmetic) if fused is None else fused
@@ -271,7 +270,7 @@ class Planner:
 
     def _strategies(self, name: str, request: Request, caches: bool = False) -> Iterator[Strategy]:
         """From the fastest to the one that takes least; caches: with those that keep weights in other forms."""
-        plain = Strategy(self.dtype, self.arithmetic)
+        plain, limits = Strategy(self.dtype, self.arithmetic), self.thresholds
         slices = [replace(plain, query_rows=rows) for rows in ((None,) if self.fused else QUERY_ROWS)]
         speeds: list[dict[str, Any]] = [{"fast": True}, {}]
         if not self.on_cuda:
@@ -279,7 +278,8 @@ class Planner:
         if name == "text":
             yield plain
         elif name == "denoise":
-            pays = request.rows * request.area <= CACHED_PIXELS and request.steps >= CACHED_STEPS
+            many, long = request.rows * request.area > limits.cached_pixels, request.steps >= limits.cached_steps
+            pays = long and not many
             if caches and (
                 self.on_cuda or (can_cache(self.dtype, self.arithmetic) and (pays or self.arithmetic != torch.float32))
             ):
@@ -351,7 +351,8 @@ class Planner:
     def _call(self, name: str, request: Request, strategy: Strategy) -> Calls:
         """One call of a phase's network on tensors without numbers."""
         config, factor, networks = self.architecture, self.architecture.vae.factor, self.networks
-        calls = Calls(networks, (networks.unet, networks.vae), torch.device("meta"), request.guided, self.on_cuda)
+        own, nowhere = (networks.unet, networks.vae), torch.device("meta")
+        calls = Calls(networks, own, nowhere, request.guided, self.on_cuda, self.thresholds)
         calls.prepare(networks.unet if name == "denoise" else networks.vae, strategy)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -27,6 +27,7 @@ from minpaint.engine.calls import Calls
 from minpaint.engine.cuda import exact_float32
 from minpaint.engine.plan import PHASES, Phase, Planner, Request
 from minpaint.engine.residency import NetworkWeights
+from minpaint.engine.winograd import DEFAULTS
 from minpaint.errors import BudgetError, MinpaintError, MinpaintWarning
 from minpaint.models.networks import PlainNetworks
 
@@ -37,13 +38,14 @@ class Engine:
     """A checkpoint's networks on one device, and where their weights are.
 
     keeps: whether all networks stay loaded from painting to painting, if the budget has room.
+    thresholds: where faster ways to compute begin to pay.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, budget: int) -> None:
         self.checkpoint, self.device, self.dtype, self.budget = checkpoint, device, dtype, budget
         self.planners: dict[torch.dtype, Planner] = {}
         self.prepared: Phase | None = None  # the phase that weights and networks are ready for
-        self.keeps = False
+        self.keeps, self.thresholds = False, DEFAULTS
         vae, directories = checkpoint.vae, checkpoint.architecture.directories
         modules: dict[str, tuple[str, nn.Module, list[nn.Module]]] = {
             "text_encoder": ("text_encoder", checkpoint.text_encoder, [checkpoint.text_encoder]),
@@ -60,7 +62,8 @@ class Engine:
         """The planner for a number format of the weights; None is the engine's own."""
         dtype = dtype or self.dtype
         if dtype not in self.planners:
-            self.planners[dtype] = Planner(self.checkpoint.architecture, self.device, dtype)
+            architecture = self.checkpoint.architecture
+            self.planners[dtype] = Planner(architecture, self.device, dtype, thresholds=self.thresholds)
         return self.planners[dtype]
 
     @property
@@ -134,10 +137,9 @@ class Run:
 
     def __init__(self, engine: Engine, request: Request, networks: PlainNetworks) -> None:
         self.engine, self.request, self.device = engine, request, engine.device
-        self.plan = engine.planner().choose(request, engine.budget, engine.base)
-        checkpoint = engine.checkpoint
-        on_cuda = engine.planner().on_cuda
-        self.calls = Calls(networks, (checkpoint.unet, checkpoint.vae), self.device, request.guided, on_cuda)
+        planner, own = engine.planner(), (engine.checkpoint.unet, engine.checkpoint.vae)
+        self.plan = planner.choose(request, engine.budget, engine.base)
+        self.calls = Calls(networks, own, self.device, request.guided, planner.on_cuda, planner.thresholds)
         self.embeddings: dict[str, Tensor] = {}
         self.unchecked: list[tuple[Tensor, Tensor]] = []  # of outputs of the UNet: whether finite, and their timesteps
         self.fallen_back = False

@@ -5,32 +5,30 @@ Axes: b batch, n query tokens, m key tokens, h heads, d channels of a head, c ch
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, rows: int | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over [b, h, n, d], [b, h, m, d], [b, h, m, d].
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over [b, h, n, d], [b, h, m, d], [b, h, m, d] -> [b, h, n, d].
 
-    Vaswani et al. 2017 (arXiv:1706.03762), equation 1. A row of the result depends on one row
-    of q only, so that many rows at a time give the same as all at once.
+    Vaswani et al. 2017 (arXiv:1706.03762), equation 1.
     """
-    if rows is None or rows >= q.shape[2]:
-        return F.scaled_dot_product_attention(q, k, v)
-    return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in torch.split(q, rows, dim=2)], dim=2)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
     """Multi-head attention from tokens [b, n, c] to a context [b, m, context_dim].
 
     Without a context the tokens attend to themselves. `bias` is for the projections of q, k
-    and v; the output projection always has one. `query_rows`: how many are attended from at a
-    time; None is all.
+    and v; the output projection always has one. `attend` may be replaced on an instance, by a
+    function that gives the same in another way.
     """
 
-    query_rows: int | None = None
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(attend)
 
     def __init__(self, channels: int, heads: int, context_dim: int | None = None, bias: bool = False) -> None:
         super().__init__()
@@ -53,7 +51,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         q, k, v = self.queries_keys_values(x, context)
-        out: Tensor = self.to_out(rearrange(attend(q, k, v, self.query_rows), "b h n d -> b n (h d)"))
+        out: Tensor = self.to_out(rearrange(self.attend(q, k, v), "b h n d -> b n (h d)"))
         return out
 
 

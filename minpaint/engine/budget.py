@@ -1,0 +1,165 @@
+"""Bytes: how many a run may take, how many are taken and free, and how to release them."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from minpaint.engine.device import is_present, read_system_file
+from minpaint.errors import InputError, MinpaintWarning
+
+DEFAULT_BUDGET = "15GiB"  # a free Colab T4
+
+# `tune_heap`'s calls of mallopt; glibc's malloc.h: M_MMAP_MAX is -4, M_TRIM_THRESHOLD -1, M_MMAP_THRESHOLD -3
+HEAP: dict[bool | None, tuple[tuple[int, int], ...]] = {
+    True: ((-4, 0), (-1, 2**31 - 1)),
+    False: ((-4, 65536), (-1, 2**20), (-3, 2**20)),
+    None: ((-4, 65536), (-1, 2**26), (-3, 2**25)),
+}
+
+
+def parse_budget(budget: str | int | float | None) -> int:
+    """Bytes from "15GiB", "800 MB", "2.5g" or a number of bytes; None is the default.
+
+    GiB counts in 1024s, GB and G in 1000s. InputError for anything that is no positive size.
+    """
+    if budget is None:
+        budget = DEFAULT_BUDGET
+    number, unit = r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)", r"(?:([kmgt])(ib|b)?|b)?"
+    match = re.fullmatch(rf"{number}\s*{unit}", str(budget).strip().lower())
+    if isinstance(budget, bool) or not match:
+        raise InputError(f"budget {budget!r} is not a size; write it like 15GiB, 800MB or 4.5GiB")
+    size = int(float(match[1]) * (1024 if match[3] == "ib" else 1000) ** " kmgt".index(match[2] or " "))
+    if size < 1:
+        raise InputError(f"budget {budget!r} leaves no memory at all; write it like 15GiB")
+    return size
+
+
+def format_size(size: float) -> str:
+    """A number of bytes for people: 1536 is "1.5 KiB"."""
+    power = min(int(size).bit_length() // 10, 4)
+    return f"{size / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def choose_budget(budget: str | int | float | None, device: torch.device) -> int:
+    """The budget in bytes, or what the device has if that is less; a warning says when a given budget is cut.
+
+    The default is added to what the process uses already, which nobody has called too much. For a
+    device that this machine lacks, any budget is taken as it is.
+    """
+    if not is_present(device):
+        return parse_budget(budget)
+    used = used_memory(device)
+    wanted, available = parse_budget(budget) + (used if budget is None else 0), used + free_memory(device)
+    if wanted > available and budget is not None:
+        cut = f"budget {format_size(wanted)} is more than {device} has free; keeping to {format_size(available)}"
+        warnings.warn(cut, MinpaintWarning, stacklevel=3)
+    return min(wanted, available)
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes that count against a budget now.
+
+    On the CPU the resident set of the process, the interpreter and the libraries included; on CUDA
+    all tensors of the process. The CUDA context, some 0.3 to 0.6 GiB that the driver takes for
+    itself, cannot be counted and comes on top.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) if is_present(device) else 0
+    return _process_memory("VmRSS")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be taken on top of those."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    found = re.search(r"MemAvailable:\s+(\d+) kB", read_system_file("/proc/meminfo"))
+    free = int(found[1]) * 1024 if found else 2**60  # unknown: believe the user
+    group = "/sys/fs/cgroup/memory"  # a container's limit
+    limit, used, details = (read_system_file(f"{group}.{name}") for name in ("max", "current", "stat"))
+    if limit.strip().isdigit() and used.strip().isdigit():
+        files = re.search(r"^inactive_file (\d+)", details, re.MULTILINE)  # the system drops these when it must
+        free = min(free, int(limit) - int(used) + (int(files[1]) if files else 0))
+    return max(free, 0)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start measuring `peak_memory` anew, where the system allows it."""
+    if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # then the peak is that since the process began
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that counted against a budget since `reset_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _process_memory("VmHWM")
+
+
+def release_cached(device: torch.device) -> None:
+    """Return memory to the system that is free but still held in reserve."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        with suppress(AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def tune_heap(device: torch.device, keep: bool | None) -> None:
+    """Let the CPU's heap keep freed memory for the next tensors (True) or return it to the system at once (False).
+
+    glibc maps every large block anew and unmaps it when it is freed, and the system clears its
+    pages each time: a good part of a VAE pass. None is the state that glibc reaches by itself in a
+    process that frees large blocks: it keeps those up to 32 MiB, and how many of them lie around
+    unused differs from run to run. Elsewhere this does nothing.
+    """
+    if device.type == "cuda" or sys.platform != "linux":
+        return
+    with suppress(AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in HEAP[keep]:
+            mallopt(option, value)
+
+
+@contextmanager
+def capped(device: torch.device, budget: int) -> Iterator[None]:
+    """Have the GPU's allocator refuse to go beyond a budget in bytes."""
+    if device.type != "cuda":
+        yield
+        return
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.mem_get_info(index)[1]
+    torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0), index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that an allocation was refused."""
+    refusals = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(refusal in str(error) for refusal in refusals)
+    )
+
+
+def _process_memory(figure: str) -> int:
+    """VmRSS or VmHWM of this process in bytes; elsewhere than on Linux the largest resident set so far, or 0."""
+    if found := re.search(rf"{figure}:\s+(\d+) kB", read_system_file("/proc/self/status")):
+        return int(found[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

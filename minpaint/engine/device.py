@@ -1,0 +1,113 @@
+"""Which device a run uses, in which number format its networks are, and in which one they compute."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from minpaint.errors import InputError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Instructions that multiply in bfloat16, as torch.cpu.get_capabilities and Linux call them: x86's, and ARM's.
+BFLOAT16_UNITS = {"amx_bf16", "avx512_bf16", "bf16"}
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def without_gradients(function: Function) -> Function:
+    """Run a function, or each turn of a generator function, without recording gradients."""
+    return torch.inference_mode()(function)
+
+
+def outside_inference(function: Function) -> Function:
+    """Run a function so that the tensors it makes are ordinary ones, also within `without_gradients`."""
+    return torch.inference_mode(mode=False)(function)
+
+
+def is_present(device: torch.device) -> bool:
+    """Whether this machine has the device."""
+    return device.type != "cuda" or torch.cuda.device_count() > (device.index or 0)
+
+
+def choose_device(name: str | torch.device, absent: bool = False) -> torch.device:
+    """ "auto", "cpu", "cuda" or "cuda:N" as a device.
+
+    InputError for any other name, and for a device that this machine lacks unless `absent` allows it.
+    """
+    if isinstance(name, torch.device):
+        name = str(name)
+    if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
+        raise InputError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
+    gpus = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if gpus else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= gpus and not absent:
+        raise InputError(f"device {name}: PyTorch sees {gpus or 'no'} CUDA device(s); use --device cpu")
+    return device
+
+
+def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The number format of the networks; InputError for one that is not in DTYPES.
+
+    "auto" is fp16 on CUDA, where every card that runs current PyTorch has fast kernels for it,
+    and fp32 on the CPU, where half precision is fast on few processors.
+    """
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    for known, dtype in DTYPES.items():
+        if name in (known, dtype):
+            return dtype
+    raise InputError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The command line's name of a number format."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def choose_arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The number format to compute in with weights in `dtype`.
+
+    A CPU without units for bfloat16 computes in float32 with weights in bfloat16: that is quicker
+    there, and the result is nearer to float32's. Weights in float16 are computed with in float16
+    everywhere, so that what is too large for it is noticed and reported.
+    """
+    if device.type == "cuda" or dtype != torch.bfloat16 or has_bfloat16_units():
+        return dtype
+    return torch.float32
+
+
+def has_bfloat16_kernels() -> bool:
+    """Whether PyTorch's library for the CPU, oneDNN, computes in bfloat16 on this processor.
+
+    Where it does not (x86 without AVX-512 and AVX-NE-CONVERT), its operators refuse bfloat16 or do
+    without the library, a hundred times as slowly as in float32.
+    """
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and bool(supported())
+
+
+def has_bfloat16_units(cpuinfo: str = "/proc/cpuinfo") -> bool:
+    """Whether oneDNN can use instructions of the processor that multiply in bfloat16.
+
+    PyTorch knows the processor's features, or Linux where PyTorch is too old to. Where neither tells,
+    the answer is no: float32 is fast everywhere, while bfloat16 without units is slower than that.
+    """
+    if hasattr(torch.cpu, "get_capabilities"):
+        features = {name for name, value in torch.cpu.get_capabilities().items() if value}
+    else:
+        features = set(read_system_file(cpuinfo).split())
+    return has_bfloat16_kernels() and not features.isdisjoint(BFLOAT16_UNITS)
+
+
+def read_system_file(path: str | Path) -> str:
+    """The text of a file such as /proc/meminfo; empty on a system that has no such file."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
