@@ -22,7 +22,8 @@ UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.js
 SCHEDULER = "scheduler/scheduler_config.json"
 FILES = (UNET, VAE, TEXT, SCHEDULER)
 LARGEST = 2**20  # of any count; larger ones overflow the arithmetic of shapes
-REQUIRED, ANY = object(), object()  # in place of a default; in place of the one value of a key that changes nothing
+REQUIRED = object()  # as a default: the file must say it
+ANY = object()  # as the one value of a key: whatever the file says changes nothing
 
 Json = Mapping[str, Any]
 Row = tuple[str, Any, Callable[[Any], bool], str]  # a key, its default, a check of its value, what the check wants
