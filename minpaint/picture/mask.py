@@ -57,8 +57,6 @@ def find_hole(image: Image.Image, mask: Image.Image | None, settings: Settings) 
 
 def _scale(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
     """A mask at the image's size; made smaller, it loses no stroke however thin."""
-    if mask.size == size:
-        return mask
     if mask.width <= size[0] and mask.height <= size[1]:
         return mask.resize(size, Image.Resampling.LANCZOS)
     return to_levels(strongest(mask, size)[0, 0])
@@ -108,11 +106,15 @@ def reach_box(hole: Image.Image, reach: int = 0) -> Box:
 def islands(hole: Image.Image, apart: int) -> Iterator[Image.Image]:
     """The parts of a hole that are at least some `apart` pixels from one another, each as a hole, top first."""
     padded = F.pad(to_unit(hole), (0, -hole.width % apart, 0, -hole.height % apart))
-    marked = (F.max_pool2d(padded, apart) > 0).double()  # squares of `apart` pixels, [1, 1, y, x]
-    labels, before = torch.arange(marked.numel(), 0, -1).reshape(marked.shape) * marked, marked
-    while not torch.equal(labels, before):  # each square takes its neighbours' largest label, until nothing changes
-        labels, before = F.max_pool2d(labels, 3, 1, 1) * marked, labels
-    for label in sorted(set(labels[labels > 0].tolist()), reverse=True):
-        squares = to_levels((labels[0, 0] == label).float())
-        squares = squares.resize((squares.width * apart, squares.height * apart), Image.Resampling.NEAREST)
+    marked = F.max_pool2d(padded, apart)[0, 0] > 0  # squares of `apart` pixels that hold some of the hole
+    left_over = {(int(y), int(x)) for y, x in marked.nonzero().tolist()}
+    while left_over:
+        island, reached = Image.new("L", (marked.shape[1], marked.shape[0])), {min(left_over)}
+        while reached:
+            left_over -= reached
+            for y, x in reached:
+                island.putpixel((x, y), 255)
+            reached = {(y + down, x + right) for y, x in reached for down in (-1, 0, 1) for right in (-1, 0, 1)}
+            reached &= left_over
+        squares = island.resize((island.width * apart, island.height * apart), Image.Resampling.NEAREST)
         yield ImageChops.darker(hole, squares.crop((0, 0, *hole.size)))

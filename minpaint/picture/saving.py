@@ -41,8 +41,8 @@ CARRIED = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x013C, 0x8298)
 class Receipt:
     """What the saved file has changed outside the hole and its feather.
 
-    changed: pixels there that differ from the original's, of `outside`; largest: by how many
-    8-bit levels at most. lossless: whether the format can keep every pixel.
+    changed: how many of the `outside` pixels there differ from the original's. largest: by how
+    many 8-bit levels at most. lossless: whether the format can keep every pixel.
     """
 
     changed: int

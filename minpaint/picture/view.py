@@ -129,8 +129,7 @@ def choose_views(
     """The parts of the picture to paint, one after the other.
 
     native: side of the square that the network was trained on, in pixels. factor, least: see View.
-
-    settings.profile "diffusers" has one view, the reference's.
+    settings.profile: "diffusers" has one view, the reference's.
     settings.context: "whole" paints the whole picture at its own size. "auto" does so up to 4
         times the native area; beyond, it takes the part around the hole, at least the native
         size and at least twice the hole's, scaled down to the native size where it is larger.
