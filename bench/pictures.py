@@ -7,7 +7,7 @@ from PIL import Image, ImageChops
 
 import minpaint
 from bench.common import RESULTS
-from minpaint.cli.example import bundled
+from minpaint.cli.demo import bundled
 from minpaint.picture.explain import stages
 from minpaint.picture.frame import open_frame
 from minpaint.picture.image import open_image, strip, to_image

@@ -15,7 +15,7 @@ from torch import Tensor
 from bench import common
 from bench.common import StepClock
 from minpaint.checkpoint.architecture import Architecture
-from minpaint.engine.plan import Request
+from minpaint.engine.calls import Request
 from minpaint.engine.run import Run
 from minpaint.models.networks import PlainNetworks
 from minpaint.models.vae import LATENT_CHANNELS

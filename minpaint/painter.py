@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from minpaint.checkpoint.load import Checkpoint, build, describe
 from minpaint.engine.budget import choose_budget
+from minpaint.engine.calls import Request
 from minpaint.engine.device import choose_device, choose_dtype, without_gradients
-from minpaint.engine.plan import Request
 from minpaint.engine.run import Engine, Run
 from minpaint.errors import MinpaintWarning
 from minpaint.inpaint import inpaint, seeded_noise

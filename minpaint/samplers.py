@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -46,14 +46,6 @@ class Step(NamedTuple):
 def keep_nothing(x: Tensor, t: int | None) -> Tensor:
     """All of x is the sampler's."""
     return x
-
-
-class Sampler(Protocol):
-    """What all samplers are called with; see above."""
-
-    def __call__(
-        self, model: Model, x: Tensor, schedule: Schedule, eta: float = ..., noise: Noise | None = ..., keep: Keep = ...
-    ) -> Iterator[Step]: ...
 
 
 def _calls(schedule: Schedule) -> Iterator[tuple[int, int, int | None]]:
@@ -191,4 +183,5 @@ def _log_snr(alpha_bar: float) -> float:
     return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
 
 
+Sampler = Callable[..., Iterator[Step]]  # with the arguments named above
 SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "pndm": pndm, "dpmpp": dpmpp}

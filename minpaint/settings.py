@@ -1,11 +1,16 @@
-"""What to paint and how: every option of a painting, checked."""
+"""What to paint and how: every option of a painting, declared once.
+
+A field of `Settings` carries its default, its check and its help text. The checks, the command line's
+arguments, `--help`, the record of a painting and README's table are all made from these fields.
+"""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from minpaint.errors import InputError
@@ -14,107 +19,135 @@ SAMPLERS = ("ddim", "pndm", "dpmpp")
 PROFILES = ("minpaint", "diffusers")
 FILLS = ("original", "edge", "blur", "noise", "blank")
 SIDES = ("left", "top", "right", "bottom")
-OWN = ("grow", "feather", "soft", "context", "separate", "expand", "fill", "color_match")  # not the reference's
+# the headings under which --help lists the options
+WHAT, MODEL, HOLE, MACHINE = "what to paint", "the model and its sampler", "the hole and its seam", "the machine"
+
+
+def _text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{name} must be a string, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} {value!r} is not valid UTF-8") from None
+
+
+def _whole(name: str, value: Any, least: int = 0) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < least:
+        raise InputError(f"{name} must be a whole number from {least} up, not {value!r}")
+
+
+def _number(name: str, value: Any, most: float = math.inf) -> None:
+    try:
+        fits = not isinstance(value, (bool, str)) and 0 <= float(value) <= most and math.isfinite(value)
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        limits = f"a number from 0 to {most}" if math.isfinite(most) else "a finite number from 0 up"
+        raise InputError(f"{name} must be {limits}, not {value!r}")
+
+
+def _switch(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be True or False, not {value!r}")
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} {value!r} is unknown; use {', '.join(choices)}")
+
+
+def _context(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        if value not in ("auto", "whole"):
+            raise InputError(f"{name} {value!r} is unknown; use auto, whole or a number of pixels")
+    else:
+        _whole(name, value)
+
+
+def _margins(name: str, value: Any) -> tuple[int, int, int, int]:
+    """Pixels to add at the left, top, right and bottom, from text like "left=128,top=64" or a mapping."""
+    sides = value or {}
+    if isinstance(sides, str):
+        pairs = [part.split("=") for part in sides.split(",")]
+        if not all(len(pair) == 2 and pair[1].strip().isdecimal() for pair in pairs):
+            raise InputError(f"{name} {sides!r} is not understood; write it like left=128,top=64")
+        if len({pair[0].strip() for pair in pairs}) < len(pairs):
+            raise InputError(f"{name} {sides!r} names a side twice")
+        sides = {pair[0].strip(): int(pair[1]) for pair in pairs}
+    if not isinstance(sides, Mapping) or not set(sides) <= set(SIDES):
+        raise InputError(f"{name} {value!r} is not understood; the sides are {', '.join(SIDES)}")
+    for side, pixels in sides.items():
+        _whole(f"{name} {side}", pixels)
+    left, top, right, bottom = (int(sides.get(side, 0)) for side in SIDES)
+    return left, top, right, bottom
+
+
+Check = Callable[[str, Any], object]  # takes a field's name and value; raises InputError if it cannot be used
+_positive, _share = partial(_whole, least=1), partial(_number, most=1)
+
+
+def _option(default: Any, group: str, check: Check | tuple[str, ...], text: str, **arguments: Any) -> Any:
+    """A field of Settings with its check, or the words it may be, and its help text under a group's heading.
+
+    arguments: what else argparse's add_argument is to be given.
+    """
+    if isinstance(check, tuple):
+        arguments["choices"], check = check, partial(_choice, choices=check)
+    return field(default=default, metadata={"group": group, "check": check, "help": text, "arguments": arguments})
 
 
 @dataclass(frozen=True)
 class Settings:
     """What to paint and how, checked as it is made: InputError names a value that cannot be used.
 
-    prompt, negative_prompt: what to paint, and what guidance leads away from.
-    steps: sampler steps over the whole range of noise.
-    guidance: weight of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598); at 1 or
-        less it is left out.
-    strength: in (0, 1]; below 1 the hole starts from the noised picture and only the last
-        int(steps * strength) steps are run.
-    sampler: "ddim", "pndm" or "dpmpp"; None is what the checkpoint names.
-    eta: randomness of ddim, from 0 (none) to 1.
-    seed, count: paint `count` pictures, with the seeds seed, seed + 1, ...
-    profile: "minpaint" keeps every pixel outside the hole, and the input's size; "diffusers"
-        gives what diffusers.StableDiffusionInpaintPipeline gives, and takes none of the
-        settings below.
-    grow: pixels by which the hole grows outward.
-    feather: pixels beyond the hole over which the painting fades into the picture.
-    soft: grey in the mask means partly: such pixels are let go late in the run, the darker the
-        later (differential diffusion, Levin & Fried 2023, arXiv:2306.00950).
-    context: "auto", "whole" or pixels around the hole; see view.choose_views.
-    separate: parts of the hole that are far apart are painted one after the other.
-    expand: pixels to add at the sides and paint, as "left=128,top=64" or a dict.
-    fill: what the hole starts from at a strength under 1; see canvas.Canvas.filled. "noise"
-        starts from random latents.
-    color_match: take out the colour shift measured around the hole.
+    profile="diffusers" gives what diffusers.StableDiffusionInpaintPipeline gives; the options of the
+    hole and its seam, which that has not, must then keep their defaults.
     """
 
-    prompt: str
-    negative_prompt: str = ""
-    steps: int = 50
-    guidance: float = 7.5
-    strength: float = 1.0
-    sampler: str | None = None
-    eta: float = 0.0
-    seed: int = 0
-    count: int = 1
-    profile: str = "minpaint"
-    grow: int = 0
-    feather: int = 0
-    soft: bool = False
-    context: str | int = "auto"
-    separate: bool = False
-    expand: str | Mapping[str, int] | None = None
-    fill: str = "original"
-    color_match: bool = True
+    # fmt: off
+    prompt: str = _option(MISSING, WHAT, _text, "what to paint", metavar="TEXT")
+    negative_prompt: str = _option("", WHAT, _text, "what to stay away from", metavar="TEXT")
+    steps: int = _option(50, MODEL, _positive, "sampler steps over the whole range of noise")
+    # classifier-free guidance: Ho & Salimans 2022, arXiv:2207.12598
+    guidance: float = _option(7.5, MODEL, _number, "weight of the prompt; 1 or less turns guidance off, twice as fast")
+    strength: float = _option(1.0, MODEL, _share, "how much noise the hole starts from, over 0 up to 1; "
+        "under 1 it keeps the picture's layout and runs the last part of the steps only")
+    sampler: str | None = _option(None, MODEL, SAMPLERS, "default: what the checkpoint names")
+    eta: float = _option(0.0, MODEL, _share, "randomness of ddim, 0 to 1")
+    seed: int = _option(0, MODEL, _whole, "one seed gives one picture")
+    count: int = _option(1, MODEL, _positive, "pictures to paint, with seeds from --seed up")
+    profile: str = _option("minpaint", MACHINE, PROFILES, "diffusers: what its pipeline gives, nothing pasted back")
+    grow: int = _option(0, HOLE, _whole, "pixels by which the hole grows outward", metavar="N")
+    feather: int = _option(0, HOLE, _whole, "pixels outside over which the painting fades", metavar="N")
+    # differential diffusion: Levin & Fried 2023, arXiv:2306.00950
+    soft: bool = _option(False, HOLE, _switch, "grey in the mask means: repaint partly")
+    context: str | int = _option("auto", HOLE, _context, "pixels around the hole for the network to see; whole: all; "
+        "auto: all, or a crop if large", metavar="N", type=lambda text: int(text) if text.isdecimal() else text)
+    separate: bool = _option(False, HOLE, _switch, "paint parts that are far apart one after the other")
+    expand: str | Mapping[str, int] | None = _option(None, HOLE, _margins, "add pixels at the sides and paint them",
+        metavar="left=N,top=N,...")
+    fill: str = _option("original", HOLE, FILLS, "what the hole starts from at a strength under 1")
+    color_match: bool = _option(True, HOLE, _switch, "take the colour step out of the seam")
+    # fmt: on
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt"):
-            if not isinstance(getattr(self, name), str):
-                raise InputError(f"{name} must be a string, not {type(getattr(self, name)).__name__}")
-            try:
-                getattr(self, name).encode()
-            except UnicodeEncodeError:
-                raise InputError(f"{name} {getattr(self, name)!r} is not valid UTF-8") from None
-        for name, least in (("steps", 1), ("count", 1), ("seed", 0), ("grow", 0), ("feather", 0)):
-            _check_whole(name, getattr(self, name), least)
+        for option in fields(self):
+            if getattr(self, option.name) is not option.default:
+                option.metadata["check"](option.name, getattr(self, option.name))
         if self.seed + self.count > 2**63:
             raise InputError(f"seed {self.seed} is too large; use one under 2^63")
-        for name, most in (("guidance", math.inf), ("strength", 1), ("eta", 1)):
-            _check_number(name, getattr(self, name), most)
         if self.strength == 0:
             raise InputError("strength 0 would leave the picture as it is; use more than 0, up to 1")
-        if self.sampler is not None and self.sampler not in SAMPLERS:
-            raise InputError(f"sampler {self.sampler!r} is unknown; use {', '.join(SAMPLERS)}")
-        if self.profile not in PROFILES:
-            raise InputError(f"profile {self.profile!r} is unknown; use {', '.join(PROFILES)}")
-        if self.fill not in FILLS:
-            raise InputError(f"fill {self.fill!r} is unknown; use {', '.join(FILLS)}")
-        for name in ("soft", "separate", "color_match"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if self.context not in ("auto", "whole"):
-            if isinstance(self.context, str):
-                raise InputError(f"context {self.context!r} is unknown; use auto, whole or a number of pixels")
-            _check_whole("context", self.context, 0)
-        self.margins  # noqa: B018 - checks it
-        changed = [f.name for f in fields(self) if f.name in OWN and getattr(self, f.name) != f.default]
+        own = [option for option in fields(self) if option.metadata["group"] == HOLE]
+        changed = [option.name for option in own if getattr(self, option.name) != option.default]
         if changed and self.profile == "diffusers":
             raise InputError(f"{changed[0]} is not for profile diffusers, which paints as diffusers does; leave it out")
 
     @property
     def margins(self) -> tuple[int, int, int, int]:
         """Pixels added at the left, top, right and bottom."""
-        sides = self.expand or {}
-        if isinstance(sides, str):
-            pairs = [part.split("=") for part in sides.split(",")]
-            if not all(len(pair) == 2 and pair[1].strip().isdecimal() for pair in pairs):
-                raise InputError(f"expand {sides!r} is not understood; write it like left=128,top=64")
-            if len({pair[0].strip() for pair in pairs}) < len(pairs):
-                raise InputError(f"expand {sides!r} names a side twice")
-            sides = {pair[0].strip(): int(pair[1]) for pair in pairs}
-        if not isinstance(sides, Mapping) or not set(sides) <= set(SIDES):
-            raise InputError(f"expand {self.expand!r} is not understood; the sides are {', '.join(SIDES)}")
-        for side, pixels in sides.items():
-            _check_whole(f"expand {side}", pixels, 0)
-        left, top, right, bottom = (int(sides.get(side, 0)) for side in SIDES)
-        return left, top, right, bottom
+        return _margins("expand", self.expand)
 
     @property
     def guided(self) -> bool:
@@ -124,18 +157,3 @@ class Settings:
     @property
     def seeds(self) -> range:
         return range(self.seed, self.seed + self.count)
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < least:
-        raise InputError(f"{name} must be a whole number from {least} up, not {value!r}")
-
-
-def _check_number(name: str, value: Any, most: float) -> None:
-    try:
-        fits = not isinstance(value, (bool, str)) and 0 <= float(value) <= most and math.isfinite(value)
-    except (TypeError, ValueError, OverflowError):
-        fits = False
-    if not fits:
-        limits = f"a number from 0 to {most}" if math.isfinite(most) else "a finite number from 0 up"
-        raise InputError(f"{name} must be {limits}, not {value!r}")

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 import minpaint
 from minpaint.cli.main import main
 from minpaint.engine.budget import capped, is_out_of_memory, release_cached, used_memory
+from minpaint.engine.calls import Request
 from minpaint.engine.device import has_bfloat16_kernels
 from minpaint.engine.measure import measure
-from minpaint.engine.plan import Planner, Request
+from minpaint.engine.plan import Planner
 from minpaint.engine.run import Engine, Run
 from minpaint.engine.winograd import Thresholds
 from minpaint.errors import MinpaintWarning

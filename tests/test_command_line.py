@@ -17,6 +17,9 @@ from conftest import largest_level_difference, make_mask, make_picture
 from PIL import Image
 
 from minpaint.cli.main import main
+from minpaint.cli.options import SUFFIXES, markdown, parse
+from minpaint.picture.saving import FORMATS
+from minpaint.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -221,6 +224,40 @@ def test_help_is_quick() -> None:
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "--negative-prompt" in run.stdout
+
+
+def test_readme_holds_the_table_of_options() -> None:
+    """`python -m minpaint.cli.options` prints it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- options -->\n{markdown()}\n<!-- /options -->\n" in readme
+
+
+def test_the_options_given_nothing_are_the_defaults_of_settings(command: Callable[..., list[str]]) -> None:
+    assert parse(without(command(), "--steps")).settings == Settings("a dog")
+
+
+def test_bad_usage_is_told_before_anything_heavy_is_imported() -> None:
+    code = (
+        "import sys; from minpaint.cli.main import main\n"
+        "assert main(['paint', '--image', 'a.png', '--prompt', 'x', '-o', 'o.png', '--steps', '0']) == 2\n"
+        "assert not {'torch', 'PIL', 'transformers'} & set(sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.startswith("minpaint: error: steps")
+
+
+def test_the_suffixes_named_are_those_that_can_be_written() -> None:
+    assert tuple(FORMATS) == SUFFIXES
+
+
+def test_the_number_format_has_one_name(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command("--json", "--dtype", "fp32")) == 0
+    assert json.loads(capsys.readouterr().out)["dtype"] == "fp32"
+    assert main(["info", str(tmp_path / "out.png"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dtype"] == "fp32"
 
 
 def test_an_installed_command_line_runs_as_a_module_from_any_folder(

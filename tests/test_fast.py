@@ -16,10 +16,11 @@ from torch import Tensor, nn
 import minpaint
 from minpaint.engine import fast
 from minpaint.engine import run as machine
+from minpaint.engine.calls import Request
 from minpaint.engine.cuda import GraphReplay, exact_float32, has_hooks
 from minpaint.engine.device import choose_arithmetic, has_bfloat16_units
 from minpaint.engine.fast import Cache, PromptCache, accelerated, can_cache, convolve, is_unmodified
-from minpaint.engine.plan import Planner, Request
+from minpaint.engine.plan import Planner
 from minpaint.engine.winograd import F2, F4, Filtering, LayerCache, Thresholds, winograd_convolve
 from minpaint.errors import MinpaintWarning
 from minpaint.models.attention import TransformerBlock

@@ -20,8 +20,9 @@ from minpaint.checkpoint.load import outline
 from minpaint.checkpoint.tensorfile import Stored
 from minpaint.cli.main import main
 from minpaint.engine.budget import choose_budget, used_memory
+from minpaint.engine.calls import Request
 from minpaint.engine.measure import measure
-from minpaint.engine.plan import PHASES, Plan, Planner, Request
+from minpaint.engine.plan import PHASES, Plan, Planner
 from minpaint.engine.residency import split_weights
 from minpaint.errors import MinpaintWarning
 from minpaint.painter import open_painter
@@ -140,7 +141,7 @@ def test_an_operation_worked_out_once_counts_as_every_time(monkeypatch: pytest.M
         assert len(kept) == 72
 
     once = plans(), measure(alike)
-    monkeypatch.setattr("minpaint.engine.measure._look", lambda argument: object())  # nothing looks as it did before
+    monkeypatch.setattr("minpaint.engine.measure._signature", lambda argument: object())  # no call is like another
     assert (plans(), measure(alike)) == once
 
 

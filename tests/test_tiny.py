@@ -205,7 +205,7 @@ def test_the_demo_runs_from_any_folder_and_loses_nothing(tmp_path: Path) -> None
 
 
 def test_the_example_is_for_the_model(tiny: Painter) -> None:
-    from minpaint.cli.example import bundled
+    from minpaint.cli.demo import bundled
 
     example = bundled()
     Settings(example.prompt)

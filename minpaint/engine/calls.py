@@ -21,6 +21,36 @@ from minpaint.models.networks import PlainNetworks
 
 
 @dataclass(frozen=True)
+class Request:
+    """What is to be painted, as far as memory depends on it.
+
+    width, height: of what the network sees, in pixels. guided: every latent goes through the UNet
+    twice, beside either prompt. starts: how many different pictures the paintings start from.
+    pixels: of the whole picture. again: whether the networks are needed once more after the last
+    phase. steps: calls of the UNet.
+    """
+
+    width: int
+    height: int
+    count: int = 1
+    guided: bool = True
+    starts: int = 1
+    pixels: int = 0
+    again: bool = True
+    steps: int = 50
+
+    @property
+    def area(self) -> int:
+        """Pixels that the network sees."""
+        return self.width * self.height
+
+    @property
+    def rows(self) -> int:
+        """Rows of the UNet's whole batch."""
+        return self.count * (2 if self.guided else 1)
+
+
+@dataclass(frozen=True)
 class Strategy:
     """How the calls of a phase are done.
 
@@ -74,7 +104,8 @@ class Calls:
         """Cut a network's attention, and the VAE's feature maps, into the parts that a strategy says."""
         set_attention_slices(network, strategy.query_rows)
         if network is self.networks.vae:
-            set_bands(self.networks.vae, Bands(strategy.bands) if strategy.bands else None)
+            some = self.device.type == "meta"  # a few bands take the memory that all take
+            set_bands(self.networks.vae, Bands(strategy.bands, some) if strategy.bands else None)
 
     def encode(self, strategy: Strategy, pixels: Tensor) -> Tensor:
         """Pixels [n, 3, Y, X] -> the VAE's mean and log variance, [n, 8, y, x] float32."""

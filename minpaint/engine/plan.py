@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minpaint.checkpoint.architecture import Architecture, blank_models
 from minpaint.engine.budget import format_size
-from minpaint.engine.calls import Calls, Strategy
+from minpaint.engine.calls import Calls, Request, Strategy
 from minpaint.engine.cuda import attention_is_fused
 from minpaint.engine.device import choose_arithmetic, dtype_name, without_gradients
 from minpaint.engine.fast import can_cache
@@ -48,36 +48,6 @@ KEPT_HEAP = {"encode": 1.5, "denoise": 2.0, "decode": 1.5}
 # and for the colour match. For a pixel of the whole picture: its copies and its file, and each painting's.
 CANVAS, COPY, FILLING = 16, 28, 144
 PICTURE = (24, 8)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be painted, as far as memory depends on it.
-
-    width, height: of what the network sees, in pixels. guided: every latent goes through the UNet
-    twice, beside either prompt. starts: how many different pictures the paintings start from.
-    pixels: of the whole picture. again: whether the networks are needed once more after the last
-    phase. steps: calls of the UNet.
-    """
-
-    width: int
-    height: int
-    count: int = 1
-    guided: bool = True
-    starts: int = 1
-    pixels: int = 0
-    again: bool = True
-    steps: int = 50
-
-    @property
-    def area(self) -> int:
-        """Pixels that the network sees."""
-        return self.width * self.height
-
-    @property
-    def rows(self) -> int:
-        """Rows of the UNet's whole batch."""
-        return self.count * (2 if self.guided else 1)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from minpaint.engine.budget import (
     tune_heap,
     used_memory,
 )
-from minpaint.engine.calls import Calls
+from minpaint.engine.calls import Calls, Request
 from minpaint.engine.cuda import exact_float32
-from minpaint.engine.plan import PHASES, Phase, Planner, Request
+from minpaint.engine.plan import PHASES, Phase, Planner
 from minpaint.engine.residency import NetworkWeights
 from minpaint.engine.winograd import DEFAULTS
 from minpaint.errors import BudgetError, MinpaintError, MinpaintWarning

@@ -54,13 +54,13 @@ def reference_canvas(image: Image.Image, mask: Image.Image, factor: int, least: 
     cell if the pixel at the cell's corner is white.
 
     Raises:
-        InputError: a side has fewer than `least` cells, or no pixel of the resampled mask is white.
+        InputError: a side has no cell, the longer one fewer than `least`, or the resampled mask no white pixel.
     """
     size = (image.width - image.width % factor, image.height - image.height % factor)
-    if min(size) < least * factor:
+    if 0 in size or max(size) < least * factor:
         raise InputError(
-            f"image of {image.width}x{image.height} is under {least * factor} pixels wide or high, the least "
-            f"that this model takes with --profile diffusers; use a larger picture or --profile minpaint"
+            f"image of {image.width}x{image.height} is too small for --profile diffusers, where this model takes from "
+            f"{least * factor}x{factor} pixels; use a larger picture or --profile minpaint"
         )
     pixels = to_pixels(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
     hole = (to_unit(mask.convert("L").resize(size, Image.Resampling.LANCZOS)) >= 0.5).float()

@@ -1,8 +1,7 @@
 """Views: the parts of the picture that are painted, one after the other.
 
-A view says which part of the picture the network sees, and at what size. It makes the Canvas,
-and puts what was painted on it back into the picture. View does so in this project's way,
-ReferenceView in the reference's; a painter uses both alike.
+A view says which part of the picture the network sees, and at what size. It makes the Canvas, and puts
+what was painted on it back: View in this project's way, ReferenceView in the reference's.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ class View:
 
     box: the part. size: width and height that it is scaled to. hole: what the network is to
     paint there (mode L, of the part). cover: how much of the painting will show. factor: pixels
-    of the VAE per latent cell. least: latent cells that a side must have so that the network
-    can run. blends: whether the kept part's latents are put back around the hole at every step,
-    also for a network that sees the masked picture.
+    of the VAE per latent cell. least: latent cells that the longer side must have. blends:
+    whether the kept part's latents are put back around the hole at every step, also for a
+    network that sees the masked picture.
     """
 
     box: Box
@@ -48,9 +47,11 @@ class View:
 
     @property
     def extent(self) -> tuple[int, int]:
-        """Width and height of the canvas: the size, extended to whole latent cells and to the least of them."""
-        width, height = (self.factor * max(-(-side // self.factor), self.least) for side in self.size)
-        return width, height
+        """Width and height of the canvas: the size, extended to whole latent cells, and to `least` if too small."""
+        width, height = (-(-side // self.factor) for side in self.size)
+        if max(width, height) < self.least:
+            width = height = self.least
+        return self.factor * width, self.factor * height
 
     def canvas(self, pictures: list[Image.Image]) -> Canvas:
         """The canvas for pictures that differ, or for the one that all paintings start from.

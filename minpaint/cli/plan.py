@@ -1,0 +1,52 @@
+"""`plan`: say what a run will take and how it keeps within a budget, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import Namespace
+
+from minpaint.checkpoint.load import outline
+from minpaint.cli.terminal import Note
+from minpaint.engine.budget import choose_budget, format_size, used_memory
+from minpaint.engine.calls import Request
+from minpaint.engine.device import choose_device, choose_dtype, dtype_name
+from minpaint.engine.plan import Planner, round_up
+from minpaint.errors import InputError
+from minpaint.picture.view import WHOLE
+from minpaint.settings import Settings
+
+
+def run(options: Namespace, note: Note) -> None:
+    """Print the plan, the smallest budget for this picture and the largest picture in this budget."""
+    size = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", options.size)
+    if not size:
+        raise InputError(f"size {options.size!r} is not WIDTHxHEIGHT in pixels; write it like 768x512")
+    settings = Settings("", count=options.count, guidance=options.guidance)
+    device = choose_device(options.device, absent=True)
+    dtype = choose_dtype(options.dtype, device)
+    budget = choose_budget(options.budget, device)
+    planner = Planner(outline(options.model, dtype_name(dtype) == "fp16", options.config), device, dtype)
+    factor, native = planner.architecture.vae.factor, planner.architecture.unet.sample_size
+    width, height = (-(-int(side) // factor) * factor for side in size.groups())
+    request = Request(width, height, settings.count, settings.guidance > 1, again=False)
+    base = used_memory(device)
+    plan = planner.choose(request, budget, base)
+    smallest, largest = planner.least(request, base), planner.largest(request, budget, base)
+    if options.json:
+        report = {"model": options.model, "width": width, "height": height, "count": settings.count}
+        report |= {"device": str(device), "dtype": dtype_name(dtype), **plan.report()}
+        print(json.dumps(report | {"smallest_budget": smallest, "largest_picture": largest}))
+        return
+    print(f"{options.model} at {width}x{height}, count {settings.count}, {dtype_name(dtype)} on {device}\n")
+    print(f"{plan.table()}\n")
+    print(f"predicted peak: {format_size(plan.peak)} of {format_size(budget)}")
+    print(f"smallest budget for this: {round_up(smallest)}")
+    if largest is not None:
+        print(f"largest picture of this shape in {format_size(budget)}: {largest[0]}x{largest[1]}")
+    if planner.on_cuda:
+        print("the driver's CUDA context, 0.3 to 0.6 GiB, comes on top and is not in the budget")
+    else:
+        print(f"{format_size(base)} of it are the interpreter and the libraries")
+    if width * height > WHOLE * (native * factor) ** 2:
+        print("paint shows the network a crop of a picture of this size, unless told --context whole")
