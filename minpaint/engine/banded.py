@@ -1,15 +1,15 @@
-"""The VAE in bands of rows: the same numbers in a fraction of the memory.
+"""The VAE in bands of rows, and attention in slices of queries: the same numbers in a fraction of the memory.
 
-A feature map is written as a rule that makes any rows of it, and only one whole map is held at
-a time. A convolution asks its input for the rows it covers, so bands overlap by as much as the
-layers between two held maps need; a group norm, whose statistics are those of the whole picture,
-first goes through all bands once. So there are no tiles that could show a seam or a tint; what
-it costs is that most rows are made two or three times.
+A band is a range of rows of a feature map, as wide as the map. A feature map is written as a function
+that computes any of its rows, and only one whole map is in memory at a time. A convolution asks its
+input for the rows that its kernel covers, so bands overlap by as much as the layers between two whole
+maps need. A group norm needs the statistics of the whole picture, and first goes through all bands
+for them. So no tile has statistics of its own, which would show as seams and tints; the price is that
+most rows are computed two or three times.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from minpaint.models.attention import Attention, attend
 from minpaint.models.layers import Downsample, ResidualBlock, Upsample
-from minpaint.models.vae import VAE, Decoder, DecoderBlock, Encoder, EncoderBlock, MidBlock
+from minpaint.models.vae import VAE, Decoder, Encoder
 
-LEAST_ROWS = 8  # of a band; fewer would mostly be overlap, and under 2 they could not be put back in place
+LEAST_ROWS = 8  # of a band; fewer would mostly be overlap, and under 2 they could not be written in place
 
 
 @dataclass(frozen=True)
 class Bands:
     """Into about how many bands a feature map is cut.
 
-    some: the first three and the last only, which take the memory that all take; to measure it
+    some: only the first three and the last, which take the memory that all take; to measure it
     on the meta device, where nothing is computed.
     """
 
@@ -37,7 +37,7 @@ class Bands:
     some: bool = False
 
     def of(self, height: int) -> Iterator[tuple[int, int]]:
-        """First and last row + 1 of each band."""
+        """First row and last row + 1 of each band."""
         step = max(-(-height // self.count), LEAST_ROWS)
         tops = range(0, height, step)
         for top in (*tops[:3], *tops[3:][-1:]) if self.some else tops:
@@ -46,14 +46,14 @@ class Bands:
 
 @dataclass(frozen=True)
 class Map:
-    """A feature map [b, c, height, x]: a rule that makes its rows from `top` up to `bottom`.
+    """A feature map [b, c, height, x]: a function that computes its rows from `top` up to `bottom`.
 
-    held: the whole of it, where that is in memory.
+    whole: all of it, where that is in memory.
     """
 
     height: int
     rows: Callable[[int, int], Tensor]
-    held: Tensor | None = None
+    whole: Tensor | None = None
 
 
 def set_attention_slices(model: nn.Module, rows: int | None) -> None:
@@ -81,63 +81,47 @@ def sliced_attend(rows: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def set_bands(vae: VAE, bands: Bands | None) -> None:
     """Let a VAE run in bands from now on; None: whole, as it is written."""
-    for module in (vae.encoder, vae.decoder):
-        vars(module).pop("forward", None)
-    if bands is not None:
-        vars(vae.encoder)["forward"] = partial(encode, vae.encoder, bands)
-        vars(vae.decoder)["forward"] = partial(decode, vae.decoder, bands)
+    for half in (vae.encoder, vae.decoder):
+        vars(half).pop("forward", None)
+        if bands is not None:
+            vars(half)["forward"] = partial(_forward, half, bands)
 
 
-def encode(encoder: Encoder, bands: Bands, x: Tensor) -> Tensor:
-    """What the encoder gives: pixels [b, 3, Y, X] -> moments [b, 8, y, x]."""
-    now = _convolved(encoder.conv_in, _hold(x))
-    for block in encoder.down_blocks:
-        assert isinstance(block, EncoderBlock)
-        for module in itertools.chain(block.resnets, block.downsamplers):
-            now = _through(module, now, bands)
-    now = _through_middle(encoder.mid_block, now, bands)
-    return _made(_convolved(encoder.conv_out, _normed(encoder.conv_norm_out, now, bands)), bands)
+def _forward(half: Encoder | Decoder, bands: Bands, x: Tensor) -> Tensor:
+    """Encoder.forward or Decoder.forward."""
+    blocks = half.down_blocks if isinstance(half, Encoder) else half.up_blocks
+    layers = [layer for block in blocks for group in block.children() for layer in group.children()]
+    middle = [half.mid_block.resnets[0], half.mid_block.attentions[0], half.mid_block.resnets[1]]
+    now = _convolved(half.conv_in, _in_memory(x))
+    for layer in [*layers, *middle] if isinstance(half, Encoder) else [*middle, *layers]:
+        now = _through(layer, now, bands)
+    return _computed(_convolved(half.conv_out, _normed(half.conv_norm_out, now, bands)), bands)
 
 
-def decode(decoder: Decoder, bands: Bands, x: Tensor) -> Tensor:
-    """What the decoder gives: latents [b, 4, y, x] -> pixels [b, 3, Y, X]."""
-    now = _through_middle(decoder.mid_block, _convolved(decoder.conv_in, _hold(x)), bands)
-    for block in decoder.up_blocks:
-        assert isinstance(block, DecoderBlock)
-        for module in itertools.chain(block.resnets, block.upsamplers):
-            now = _through(module, now, bands)
-    return _made(_convolved(decoder.conv_out, _normed(decoder.conv_norm_out, now, bands)), bands)
-
-
-def _through_middle(block: MidBlock, x: Map, bands: Bands) -> Map:
-    """The smallest maps: here the attention needs all of one."""
-    x = _through(block.resnets[0], x, bands)
-    return _through(block.resnets[1], _hold(block.attentions[0](x.held)), bands)
-
-
-def _through(module: nn.Module, x: Map, bands: Bands) -> Map:
-    if isinstance(module, ResidualBlock):
-        return _residual(module, x, bands)
-    if isinstance(module, Upsample):
-        return _convolved(module.conv, _doubled(x))
-    assert isinstance(module, Downsample)
-    return _hold(_made(_convolved(module.conv, x, before=0), bands))
+def _through(layer: nn.Module, x: Map, bands: Bands) -> Map:
+    if isinstance(layer, ResidualBlock):
+        return _residual(layer, x, bands)
+    if isinstance(layer, Upsample):
+        return _convolved(layer.conv, _doubled(x))
+    if isinstance(layer, Downsample):
+        return _in_memory(_computed(_convolved(layer.conv, x, above=0), bands))
+    return _in_memory(layer(x.whole))  # attention, at the smallest size, needs the whole map
 
 
 def _residual(block: ResidualBlock, x: Map, bands: Bands) -> Map:
-    """layers.ResidualBlock.forward, put in the place of its input where that has the same shape."""
+    """layers.ResidualBlock.forward, written over its input where that has the same shape."""
     h = _convolved(block.conv1, _normed(block.norm1, x, bands))
     h = _convolved(block.conv2, _normed(block.norm2, h, bands))
     shortcut = _convolved(block.conv_shortcut, x) if block.widens else x
     out = Map(x.height, lambda top, bottom: shortcut.rows(top, bottom) + h.rows(top, bottom))
-    return _hold(_made(out, bands, None if block.widens else x.held))
+    return _in_memory(_computed(out, bands, None if block.widens else x.whole))
 
 
-def _convolved(conv: nn.Module, x: Map, before: int | None = None) -> Map:
-    """A convolution; zeros around the map. `before`: how many at the top and the left, as its padding says."""
+def _convolved(conv: nn.Module, x: Map, above: int | None = None) -> Map:
+    """A convolution with `above` rows of zeros above and columns left of the map; None: as its padding says."""
     assert isinstance(conv, nn.Conv2d)
     kernel, stride = conv.kernel_size[0], conv.stride[0]
-    above = int(conv.padding[0]) if before is None else before
+    above = int(conv.padding[0]) if above is None else above
     below = kernel - stride - above
 
     def rows(top: int, bottom: int) -> Tensor:
@@ -164,9 +148,9 @@ def _doubled(x: Map) -> Map:
 
 
 def _normed(norm: nn.Module, x: Map, bands: Bands) -> Map:
-    """silu(norm(x)) by the mean and the variance of all bands together (Chan et al. 1983)."""
+    """silu(norm(x)), the mean and the variance merged from those of all bands (Chan et al. 1983)."""
     assert isinstance(norm, nn.GroupNorm)
-    count, mean, square = 0, torch.zeros(()), torch.zeros(())  # square: the sum of squared differences from the mean
+    count, mean, square = 0, torch.zeros(()), torch.zeros(())  # square: sum of squared differences from the mean
     for top, bottom in bands.of(x.height):
         grouped = torch.unflatten(x.rows(top, bottom), 1, (norm.num_groups, -1)).flatten(2)  # [b, g, numbers]
         variance, here = torch.var_mean(grouped.float(), dim=2, correction=0)
@@ -186,28 +170,21 @@ def _normed(norm: nn.Module, x: Map, bands: Bands) -> Map:
     return Map(x.height, rows)
 
 
-def _made(x: Map, bands: Bands, place: Tensor | None = None) -> Tensor:
-    """All rows of a map, in `place` of a map it is made from or in memory of their own.
+def _computed(x: Map, bands: Bands, target: Tensor | None = None) -> Tensor:
+    """All rows of a map, written over `target`, a map that it is computed from, or into new memory.
 
-    A band is put down when the next one is made: that may still look two rows back.
+    A band is written only after the next one has been computed, which may still read two rows above it.
     """
-    late: tuple[int, Tensor] | None = None
-    for top, bottom in bands.of(x.height):
-        band = x.rows(top, bottom)
-        if place is None:
-            place = band.new_empty((*band.shape[:2], x.height, band.shape[3]))
-        if late is not None:
-            _put(place, *late)
-        late = top, band
-    assert place is not None
-    assert late is not None
-    _put(place, *late)
-    return place
+    (top, bottom), *others = bands.of(x.height)
+    band = x.rows(top, bottom)
+    out = band.new_empty((*band.shape[:2], x.height, band.shape[3])) if target is None else target
+    for next_top, bottom in others:
+        next_band = x.rows(next_top, bottom)
+        out[:, :, top : top + band.shape[2]] = band
+        top, band = next_top, next_band
+    out[:, :, top : top + band.shape[2]] = band
+    return out
 
 
-def _put(place: Tensor, top: int, band: Tensor) -> None:
-    place[:, :, top : top + band.shape[2]] = band
-
-
-def _hold(x: Tensor) -> Map:
+def _in_memory(x: Tensor) -> Map:
     return Map(x.shape[2], lambda top, bottom: x[:, :, top:bottom], x)

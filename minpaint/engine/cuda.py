@@ -62,7 +62,6 @@ class GraphReplay:
         self.function, self.device, self.warm = function, device, False
         self.graph: Any = None
         self.inputs: list[Tensor] = []
-        self.output: Tensor | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if not self.warm:
@@ -70,16 +69,14 @@ class GraphReplay:
             return self.function(*inputs)
         with torch.cuda.device(self.device):
             if self.graph is None:
-                self.inputs = [x.clone() for x in inputs]
-                graph = torch.cuda.CUDAGraph()
+                graph, self.inputs = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
                 with torch.cuda.graph(graph):
                     self.output = self.function(*self.inputs)
                 self.graph = graph
             for recorded, x in zip(self.inputs, inputs, strict=True):
                 recorded.copy_(x)
             self.graph.replay()
-        assert self.output is not None
-        return self.output.clone()
+            return self.output.clone()
 
 
 def has_hooks(network: nn.Module) -> bool:

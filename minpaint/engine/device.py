@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -15,17 +13,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Instructions that multiply in bfloat16, as torch.cpu.get_capabilities and Linux call them: x86's, and ARM's.
 BFLOAT16_UNITS = {"amx_bf16", "avx512_bf16", "bf16"}
 
-Function = TypeVar("Function", bound=Callable[..., object])
-
-
-def without_gradients(function: Function) -> Function:
-    """Run a function, or each turn of a generator function, without recording gradients."""
-    return torch.inference_mode()(function)
-
-
-def outside_inference(function: Function) -> Function:
-    """Run a function so that the tensors it makes are ordinary ones, also within `without_gradients`."""
-    return torch.inference_mode(mode=False)(function)
+# Decorators of a function, or of each turn of a generator function.
+without_gradients = torch.inference_mode()
+outside_inference = torch.inference_mode(mode=False)  # also within the other, tensors made here are ordinary ones
 
 
 def is_present(device: torch.device) -> bool:

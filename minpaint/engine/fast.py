@@ -1,17 +1,17 @@
 """The same layers computed in less time, put on a network from outside and taken off again.
 
 - 3x3 convolutions are Winograd's (winograd.py). On a small map most of their work is to transform the
-  filters, so the transformed filters are cached where the plan has room; then F(2x2, 3x3), whose
-  filters take less than half of the memory, is worth while for the smallest maps.
-- Where the processor has units for bfloat16, these gain more than Winograd's method, and convolutions
-  are oneDNN's. On a small map most of their work is to bring the weights into the order that these
-  units want, so the packed weights are cached where the plan has room.
+  filters, which are cached where the plan has room; F(2x2, 3x3), whose filters take less than half of
+  the memory, then pays for the smallest maps.
+- Units for bfloat16 gain more than that. Where the processor has them, convolutions are oneDNN's. On a
+  small map most of their work is to pack the weights into the order that the units want, and packed
+  weights are cached where the plan has room.
 - Feature maps lie with their channels together (NHWC), so attention needs no transposition.
-- Where the processor is no slower in float32, weights in half precision are converted a layer at a
-  time (device.choose_arithmetic): fewer roundings, and the memory of half precision.
+- Weights in half precision are converted a layer at a time where the processor is no slower in
+  float32 (device.choose_arithmetic): fewer roundings, and the memory of half precision.
 - The keys and values of the prompt, the same in every step, are computed once.
-- On a GPU the queries, keys and values of self-attention come from one product, with fused qkv weights.
-- With guidance every latent passes twice, with each of two prompts. What lies before the first
+- On a GPU the queries, keys and values of self-attention come from one product, by fused qkv weights.
+- With guidance every latent passes twice, once with either prompt. What lies before the first
   attention to the prompt is computed for one of the two.
 """
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -83,14 +83,14 @@ def accelerated(
     UNet's batch differs from the first in its context alone. cache: where weights in other forms are
     kept for the next call; the weights must not change meanwhile.
     """
-    replaced: list[tuple[dict[str, Any], str, dict[str, Any]]] = []
+    with ExitStack() as undo:
 
-    def replace(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-        attributes = vars(module)
-        replaced.append((attributes, name, {name: attributes[name]} if name in attributes else {}))
-        attributes[name] = function
+        def replace(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+            attributes = vars(module)
+            undo.callback(attributes.update, {name: attributes[name]} if name in attributes else {})
+            undo.callback(attributes.pop, name)  # the last callback is called first
+            attributes[name] = function
 
-    try:
         for name, module in network.named_modules():
             is_attention, layer_cache = isinstance(module, Attention), None
             if cache is not None and (is_attention if arithmetic is None else type(module) is nn.Conv2d):
@@ -98,7 +98,7 @@ def accelerated(
             if arithmetic is not None and type(module) is nn.Conv2d:
                 replace(module, "forward", partial(_conv2d, module, arithmetic, fast, layer_cache, thresholds))
             elif arithmetic is not None and type(module) in LAYERS:
-                replace(module, "forward", partial(LAYERS[type(module)], module, arithmetic))
+                replace(module, "forward", partial(_with_converted, LAYERS[type(module)], module, arithmetic))
             elif is_attention and layer_cache is not None:
                 replace(module, "queries_keys_values", partial(_fused_qkv, module, layer_cache))
             if is_attention and prompt is not None:
@@ -106,10 +106,6 @@ def accelerated(
             if paired and name in BEFORE_PROMPT:
                 replace(module, "forward", partial(_for_one_half, module.forward))
         yield
-    finally:
-        for attributes, name, before in reversed(replaced):
-            attributes.pop(name)
-            attributes.update(before)
 
 
 def is_unmodified(network: nn.Module) -> bool:
@@ -154,10 +150,9 @@ def convolve(
             return winograd_convolve(x, weight, bias, F2, cache, thresholds)
     if fast and cells < thresholds.f4_cells:
         x = x.contiguous()  # NCHW: oneDNN reorders the weights faster for it, which is most of the work
-    parts = [(weight, bias)]
-    if not fast and weight.dtype != x.dtype:  # never all of a layer in both number formats
-        at_once = thresholds.outputs
-        parts = list(zip(torch.split(weight, at_once), torch.split(bias, at_once), strict=True))
+    # with little memory never all weights of a layer in both number formats
+    at_once = outputs if fast or weight.dtype == x.dtype else thresholds.outputs
+    parts = zip(torch.split(weight, at_once), torch.split(bias, at_once), strict=True)
     results = [F.conv2d(x, part.to(x.dtype), add.to(x.dtype), stride, padding) for part, add in parts]
     return results[0] if len(results) == 1 else torch.cat(results, dim=1)
 
@@ -237,18 +232,13 @@ def _conv2d(
     return convolve(x.to(arithmetic), layer.weight, layer.bias, stride, padding, fast, cache, thresholds)
 
 
-def _linear(layer: nn.Linear, arithmetic: torch.dtype, x: Tensor) -> Tensor:
-    bias = None if layer.bias is None else layer.bias.to(arithmetic)
-    return F.linear(x.to(arithmetic), layer.weight.to(arithmetic), bias)
+def _with_converted(function: Callable[..., Tensor], layer: Any, arithmetic: torch.dtype, x: Tensor) -> Tensor:
+    weight, bias = (None if tensor is None else tensor.to(arithmetic) for tensor in (layer.weight, layer.bias))
+    return function(layer, x.to(arithmetic), weight, bias)
 
 
-def _group_norm(layer: nn.GroupNorm, arithmetic: torch.dtype, x: Tensor) -> Tensor:
-    return F.group_norm(x, layer.num_groups, layer.weight.to(arithmetic), layer.bias.to(arithmetic), layer.eps)
-
-
-def _layer_norm(layer: nn.LayerNorm, arithmetic: torch.dtype, x: Tensor) -> Tensor:
-    shape = list(layer.normalized_shape)
-    return F.layer_norm(x, shape, layer.weight.to(arithmetic), layer.bias.to(arithmetic), layer.eps)
-
-
-LAYERS: dict[type, Any] = {nn.Linear: _linear, nn.GroupNorm: _group_norm, nn.LayerNorm: _layer_norm}
+LAYERS: dict[type, Callable[..., Tensor]] = {
+    nn.Linear: lambda layer, x, weight, bias: F.linear(x, weight, bias),
+    nn.GroupNorm: lambda layer, x, weight, bias: F.group_norm(x, layer.num_groups, weight, bias, layer.eps),
+    nn.LayerNorm: lambda layer, x, weight, bias: F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps),
+}

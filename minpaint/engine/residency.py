@@ -10,23 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from minpaint.checkpoint.tensorfile import (
-    FLOATS,
-    Directory,
-    Stored,
-    assign,
-    empty_pages,
-    piece_buffer,
-    read_into,
-    read_tensors,
-)
+from minpaint.checkpoint import tensorfile
+from minpaint.checkpoint.tensorfile import Directory, Stored, assign
 from minpaint.engine.budget import release_cached
 from minpaint.engine.cuda import CopyStream
 from minpaint.engine.device import outside_inference
@@ -35,33 +27,31 @@ from minpaint.errors import CheckpointError
 ALIGNMENT = 512  # bytes; the CUDA allocator's, kept in the buffers too
 
 
+@dataclass(eq=False, repr=False)
 class NetworkWeights:
     """The weights of a network, or of one half of the VAE, and where they are.
 
     model: the module whose parameters `directory` names. roots: the modules whose call means that
-    the weights are used. on_call: is called with this object when a root is called while the weights
-    are offloaded, and has to load them. dtype: the number format they are loaded in.
+    the weights are used. dtype: the number format they are loaded in. on_call: is called with this
+    object when a root is called while the weights are offloaded, and has to load them. resident: the
+    names of the resident weights, and which version they are (see `_version`).
     """
 
-    copy_stream = CopyStream
+    name: str
+    model: nn.Module
+    roots: Sequence[nn.Module]
+    directory: Directory
+    device: torch.device
+    dtype: torch.dtype
+    on_call: Callable[[NetworkWeights], None]
+    copy_stream: type[CopyStream] = CopyStream
+    stream: ChunkStream | None = None
+    resident: dict[str, tuple[int, int]] = field(default_factory=dict)
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        roots: Sequence[nn.Module],
-        directory: Directory,
-        device: torch.device,
-        dtype: torch.dtype,
-        on_call: Callable[[NetworkWeights], None],
-    ) -> None:
-        self.name, self.model, self.roots, self.on_call = name, model, roots, on_call
-        self.directory, self.device, self.dtype = directory, device, dtype
-        self.size = total_size(directory, dtype)
-        self.resident_dtype = dtype  # differs after `convert`
-        self.resident: dict[str, tuple[int, int]] = {}  # the version of each resident tensor, see `_version`
-        self.stream: ChunkStream | None = None
-        self.hooks: list[RemovableHandle] = []
+    def __post_init__(self) -> None:
+        self.size = total_size(self.directory, self.dtype)
+        self.resident_dtype = self.dtype  # differs after `convert`
         self._watch()
 
     @property
@@ -136,7 +126,7 @@ class NetworkWeights:
         if not bool(lowest.isfinite() & highest.isfinite()):
             stored = self.directory[name]
             fault = "holds NaN or infinity; fetch the file again"
-            [(_, before)] = read_tensors({name: stored})
+            [(_, before)] = tensorfile.read_tensors({name: stored})
             if bool(before.isfinite().all()):
                 fault = f"is beyond what {str(self.dtype).removeprefix('torch.')} can hold; choose another --dtype"
             raise CheckpointError(f"{self.name} ({stored.file.name}): {stored.key} {fault}")
@@ -151,14 +141,14 @@ class NetworkWeights:
         mapped = {
             name: stored
             for name, stored in directory.items()
-            if FLOATS[stored.kind] == self.dtype and (stored.is_aligned or on_gpu)
+            if tensorfile.FLOATS[stored.kind] == self.dtype and (stored.is_aligned or on_gpu)
         }
-        yield from read_tensors(mapped)
+        yield from tensorfile.read_tensors(mapped)
         rest = {name: stored for name, stored in directory.items() if name not in mapped}
-        buffer = piece_buffer(rest.values(), self.dtype)
+        buffer = tensorfile.piece_buffer(rest.values(), self.dtype)
         for name, stored in rest.items():
-            tensor = (torch.empty if on_gpu else empty_pages)(stored.shape, dtype=self.dtype)
-            read_into(stored, tensor, buffer)
+            tensor = (torch.empty if on_gpu else tensorfile.empty_pages)(stored.shape, dtype=self.dtype)
+            tensorfile.read_into(stored, tensor, buffer)
             yield name, tensor
 
     def _to_device(self, name: str, tensor: Tensor) -> Tensor:
@@ -230,9 +220,9 @@ class ChunkStream:
         host, device = self.buffers[side]
         self.copies.synchronize(self.copied[side])
         directory = self.weights.directory
-        buffer = piece_buffer([directory[name] for name in self.split.chunks[number]], self.weights.dtype)
+        buffer = tensorfile.piece_buffer([directory[name] for name in self.split.chunks[number]], self.weights.dtype)
         for name, view in self._views(number, host):
-            read_into(directory[name], view, buffer)
+            tensorfile.read_into(directory[name], view, buffer)
             if name not in self.checked:
                 self.weights.check(name, view)
                 self.checked.add(name)
