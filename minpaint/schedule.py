@@ -19,11 +19,7 @@ from torch import Tensor
 from minpaint.errors import CheckpointError, InputError
 
 RUNGE_KUTTA_STEPS = 4  # timesteps that the warm-up of PNDM spans, `pndm_order` in the reference
-SAMPLER_OF_CLASS = {
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "pndm",
-    "DPMSolverMultistepScheduler": "dpmpp",
-}
+SAMPLER_OF_CLASS = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm", "DPMSolverMultistepScheduler": "dpmpp"}
 
 
 @dataclass(frozen=True)
@@ -51,10 +47,8 @@ class SchedulerConfig:
     def sampler(self) -> str:
         """The sampler this checkpoint names; CheckpointError if it is none of ours."""
         if self.class_name not in SAMPLER_OF_CLASS:
-            raise CheckpointError(
-                f"scheduler/scheduler_config.json: _class_name {self.class_name!r} is not "
-                f"supported; choose a sampler: ddim, pndm or dpmpp"
-            )
+            told = f"_class_name {self.class_name!r} is not supported; choose a sampler: ddim, pndm or dpmpp"
+            raise CheckpointError(f"scheduler/scheduler_config.json: {told}")
         return SAMPLER_OF_CLASS[self.class_name]
 
 

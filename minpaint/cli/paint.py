@@ -7,7 +7,6 @@ import hashlib
 import json
 import time
 from argparse import Namespace
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
 from io import BytesIO
@@ -43,23 +42,18 @@ def run(options: Namespace, note: Note) -> None:
     if options.explain_mask is not None:
         _explain(painter, frame, options, note)
 
-    records: list[Future[dict[str, Any]]] = []
-    with closing(Progress(options.quiet)) as progress, ThreadPoolExecutor(1) as thread:
+    with closing(Progress(options.quiet)) as progress:
 
         def on_step(step: Step) -> None:
             progress(step)
-            if not records:
-                # hashing full-size weights takes seconds; before the first step it would compete with loading them
-                records.append(thread.submit(_record, options, painter, image, mask))
             if not gc.isenabled():  # see __main__
                 gc.freeze()
                 gc.enable()
 
         paintings = painter.paint(frame, settings, on_step)
-    record = records[0].result()
+    record = _record(options, painter, image, mask) if options.record or options.repeats else {}
     if options.repeats:
         _compare_records(options.repeats, record, note)
-
     outputs = _write(options, frame, paintings, record, note)
     last = painter.last_run
     assert last is not None

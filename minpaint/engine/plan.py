@@ -107,10 +107,10 @@ class Plan:
 
     def table(self) -> str:
         """The phases in lines for people."""
-        lines = [f"{'phase':8} {'weights':>10} {'others':>10} {'working':>10} {'peak':>10}  how"]
+        lines = [f"{'phase':8} {'weights':>11} {'others':>11} {'activations':>11} {'peak':>11}  how"]
         for phase in self.phases.values():
             sizes = (phase.weights, phase.others, phase.activations, phase.peak)
-            lines.append(f"{phase.name:8} " + " ".join(f"{format_size(n):>10}" for n in sizes) + f"  {phase.how}")
+            lines.append(f"{phase.name:8} " + " ".join(f"{format_size(n):>11}" for n in sizes) + f"  {phase.how}")
         return "\n".join(lines)
 
     def report(self) -> dict[str, Any]:
@@ -193,8 +193,8 @@ class Planner:
     def largest(self, request: Request, budget: int, base: int) -> tuple[int, int] | None:
         """Width and height of the largest picture of a request's shape that fits; None if none does.
 
-        What a phase takes grows as a constant and a share of the area, told from two sizes; the
-        answer is then held against a plan of its own, and made smaller until it fits.
+        What a phase takes is a constant and a share of the area, which two sizes tell. The size
+        found from them is planned in turn, and made smaller until it fits.
         """
         factor = self.architecture.vae.factor
 

@@ -20,19 +20,15 @@ class Networks(Protocol):
 
     def embed(self, prompt: str) -> Tensor:
         """A prompt's embeddings [1, tokens, D], to be given to `unet` as (a part of) its context."""
-        ...
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [n, 3, Y, X] in [-1, 1] -> mean and log variance of the latents, [n, 4, y, x], unscaled."""
-        ...
 
     def unet(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x [b, 4 or 9, y, x], timesteps [b], context [b, tokens, D] -> prediction [b, 4, y, x]."""
-        ...
 
     def decode(self, latents: Tensor) -> Tensor:
         """Unscaled latents [n, 4, y, x] -> pixels [n, 3, Y, X], about [-1, 1] and not clamped."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class VAE(nn.Module):
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, Y, X] in [-1, 1], sizes multiples of the factor -> (mean, logvar).
 
-        Both are [b, 4, y, x]; the log variance is held to [-30, 20] as in the reference
+        Both are [b, 4, y, x]; the log variance is clamped to [-30, 20] as in the reference
         (diffusers/models/autoencoders/vae.py, DiagonalGaussianDistribution).
         """
         mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
