@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import minpaint
-from minpaint.engine import fast
-from minpaint.engine import run as machine
+from minpaint.engine import fast, run
 from minpaint.engine.calls import Request
 from minpaint.engine.cuda import GraphReplay, exact_float32, has_hooks
 from minpaint.engine.device import choose_arithmetic, has_bfloat16_units
@@ -133,11 +132,11 @@ def test_keys_and_values_of_the_prompt_alone_are_remembered(checkpoint: Callable
     prompt = PromptCache(context)
     with accelerated(painter.unet, None, prompt=prompt):
         painter.unet(x, t, context)
-        made = dict(prompt.computed)
+        made = dict(prompt.projected)
         assert made
         context += 1  # nobody else has this tensor: that it is not looked at again shows
         painter.unet(x, t, context)
-        assert prompt.computed == made
+        assert prompt.projected == made
         other = context.clone()
         assert relative_error(painter.unet(x, t, other), painter.unet(x, t, context)) > 1e-6
     assert torch.equal(painter.unet(x, t, other), painter.unet(x, t, context))
@@ -159,9 +158,9 @@ def test_queries_keys_and_values_of_self_attention_are_one_product(
             assert relative_error(painter.unet(x, t, context), plain) < 1e-5
     assert not queried
     fused = [tensor for forms in cache.values() for made in forms.values() for tensor in made]
-    planner = Planner(painter.machine.checkpoint.architecture, torch.device("cuda"), torch.float32)
+    planner = Planner(painter.engine.checkpoint.architecture, torch.device("cuda"), torch.float32)
     assert len(fused) == len(itself)
-    assert planner.choose(Request(64, 64), 2**40, 0).phases["denoise"].held == sum(tensor.nbytes for tensor in fused)
+    assert planner.choose(Request(64, 64), 2**40, 0).phases["denoise"].cached == sum(tensor.nbytes for tensor in fused)
     painter.unet(x, t, context)
     assert queried == [attention.to_q for attention in itself]
 
@@ -184,16 +183,20 @@ def test_a_changed_layer_is_not_accelerated(checkpoint: Callable[[str], Path]) -
 
 def test_a_run_uses_it_and_lets_go(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[bool | None] = []
-    monkeypatch.setattr(machine, "tune_heap", lambda device, keep: kept.append(keep))
+    monkeypatch.setattr(run, "tune_heap", lambda device, keep: kept.append(keep))
     painter = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32")
     steps = painter.steps(make_picture(), make_mask(), "a dog", steps=3)
     next(steps)
     assert painter.last_run is not None
-    assert all(phase.fast and phase.keeps for name, phase in painter.last_run.plan.phases.items() if name != "text")
-    assert painter.last_run.prompt is not None
+    assert all(
+        phase.strategy.fast and phase.strategy.keeps_heap
+        for name, phase in painter.last_run.plan.phases.items()
+        if name != "text"
+    )
+    assert painter.last_run.calls.prompt is not None
     assert kept[-1] is True
     steps.close()
-    assert painter.last_run.prompt is None
+    assert painter.last_run.calls.prompt is None
     assert kept[-1] is None
 
 

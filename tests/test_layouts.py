@@ -390,7 +390,7 @@ def test_parameters_are_views_of_the_mapped_file_where_they_are_aligned(
     parts = {"unet": painter.unet, "encoder": painter.vae, "decoder": painter.vae, "text_encoder": painter.text_encoder}
     kinds = set()
     for part, model in parts.items():
-        for name, stored in painter.machine.parts[part].directory.items():
+        for name, stored in painter.engine.weights[part].directory.items():
             place = model.get_parameter(name).data_ptr()
             assert place % 64 == 0, name
             assert any(start <= place < end for start, end in ranges) == (stored.start % 64 == 0), name

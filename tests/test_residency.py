@@ -28,9 +28,9 @@ UNLIMITED = 2**50
 def test_networks_can_be_called_when_their_weights_are_offloaded(checkpoint: Folders) -> None:
     rich = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32", budget=UNLIMITED)
     poor = open_painter(checkpoint("small-sd1"), "cpu", "fp32", None, None)
-    poor.machine.budget = poor.machine.parts["unet"].size + 2**20
+    poor.engine.budget = poor.engine.weights["unet"].size + 2**20
     for ours in (rich, poor):
-        assert (ours.machine.parts["unet"].resident_size > 0) == (ours is rich)
+        assert (ours.engine.weights["unet"].resident_size > 0) == (ours is rich)
     x, t, context = torch.randn(1, 9, 8, 8), torch.tensor([5]), torch.randn(1, 77, 64)
     pixels = torch.randn(1, 3, 64, 64)
     for call in (
@@ -41,7 +41,7 @@ def test_networks_can_be_called_when_their_weights_are_offloaded(checkpoint: Fol
         lambda ours: ours.unet(x, t, context),
     ):
         assert torch.equal(call(poor), call(rich))
-    assert sum(part.resident_size for part in poor.machine.parts.values()) <= poor.machine.budget
+    assert sum(part.resident_size for part in poor.engine.weights.values()) <= poor.engine.budget
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
@@ -50,8 +50,8 @@ def test_streamed_weights_are_the_files(checkpoint: Folders, part: str, dtype: s
     """Every layer computes with its own weights, in turn, round again, and out of turn."""
     resident = minpaint.load(checkpoint("small-sd1"), "cpu", dtype)
     streamed = open_painter(checkpoint("small-sd1"), "cpu", dtype, None, None)
-    mine = streamed.machine.parts[part]
-    order = streamed.machine.planner.order(part)
+    mine = streamed.engine.weights[part]
+    order = streamed.engine.planner().order(part)
     split = split_weights(mine.directory, mine.dtype, order, 0, smallest=0)
     assert len(split.chunks) > 2
     mine.load(split)
@@ -62,7 +62,7 @@ def test_streamed_weights_are_the_files(checkpoint: Folders, part: str, dtype: s
     for _ in range(3):
         theirs, ours = getattr(resident, part)(*inputs), getattr(streamed, part)(*inputs)
         assert torch.equal(ours if part == "unet" else ours[0], theirs if part == "unet" else theirs[0])
-    theirs = resident.machine.parts[part].model
+    theirs = resident.engine.weights[part].model
     for name in [split.chunks[-1][0], split.chunks[0][0], split.chunks[1][0]]:
         layer = name.rpartition(".")[0]
         with pytest.raises((RuntimeError, TypeError, IndexError)):  # None is no input; the weights are loaded first
@@ -104,9 +104,9 @@ class SlowCopies(CopyStream):
 def test_streamed_weights_wait_for_their_copies(checkpoint: Folders) -> None:
     resident = minpaint.load(checkpoint("small-sd2"), "cpu", "bf16")
     streamed = open_painter(checkpoint("small-sd2"), "cpu", "bf16", None, None)
-    part = streamed.machine.parts["unet"]
+    part = streamed.engine.weights["unet"]
     part.copy_stream = SlowCopies
-    part.load(split_weights(part.directory, part.dtype, streamed.machine.planner.order("unet"), 0))
+    part.load(split_weights(part.directory, part.dtype, streamed.engine.planner().order("unet"), 0))
     assert part.stream is not None
     x, context = (torch.randn(size).bfloat16() for size in ((2, 9, 8, 8), (2, 77, 64)))
     t = torch.tensor([5, 9])
@@ -120,8 +120,8 @@ def test_streamed_weights_wait_for_their_copies(checkpoint: Folders) -> None:
 def test_a_file_that_vanishes_while_weights_are_streamed_is_one_line(copy: Folders) -> None:
     folder = copy("small-sd1")
     ours = open_painter(folder, "cpu", "bf16", None, None)
-    part = ours.machine.parts["unet"]
-    part.load(split_weights(part.directory, part.dtype, ours.machine.planner.order("unet"), 0))
+    part = ours.engine.weights["unet"]
+    part.load(split_weights(part.directory, part.dtype, ours.engine.planner().order("unet"), 0))
     for file in folder.glob("unet/*.safetensors"):
         file.unlink()
     with pytest.raises(minpaint.CheckpointError, match="cannot be read"):
@@ -135,7 +135,7 @@ def test_weights_somebody_changed_are_not_lost(checkpoint: Folders) -> None:
     before = ours.vae.decode(torch.ones(1, 4, 8, 8))
     frame = open_frame(make_picture(), make_mask(), Settings(""))
     request = ours.request(frame, Settings(""), ours.views(frame, Settings("")))
-    ours.machine.budget = ours.machine.planner.choose(request, UNLIMITED, 0).peak - 1
+    ours.engine.budget = ours.engine.planner().choose(request, UNLIMITED, 0).peak - 1
     ours(make_picture(), make_mask(), "a dog", steps=1)
     assert ours.last_run is not None
     assert not ours.last_run.plan.resident
@@ -184,7 +184,7 @@ def test_many_paintings_take_no_more_than_few(checkpoint: Folders, capsys: pytes
     """A hundred in one process, whose weights are offloaded again and again."""
     ours = minpaint.load(checkpoint("small-sd1"), "cpu", "fp32")
     picture, mask, cpu = make_picture(32, 32), make_mask(32, 32), torch.device("cpu")
-    parts = ours.machine.parts.values()
+    parts = ours.engine.weights.values()
     used = []
     for number in range(100):
         ours(picture, mask, "a dog", steps=1, seed=number)

@@ -221,7 +221,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     except CheckpointError:
         raise
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
+        raise CheckpointError(f"{path}: cannot be read (no such file)") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
 

@@ -34,12 +34,13 @@ from minpaint.engine.budget import is_out_of_memory
 from minpaint.engine.device import has_bfloat16_kernels
 from minpaint.engine.winograd import DEFAULTS, F2, F4, LayerCache, Thresholds, winograd_convolve
 from minpaint.errors import MinpaintWarning
-from minpaint.models.attention import Attention, TransformerBlock
+from minpaint.models.attention import Attention
 
 Cache = dict[nn.Module, LayerCache]  # weights in other forms that stay from call to call
 
 FUSED_QKV, PACKED = "fused qkv", "packed"  # keys of a LayerCache, beside F2 and F4
 FIRST = "down_blocks.0.attentions.0"  # of a UNet's transformers
+OF_PROMPT = (".attn2.to_k", ".attn2.to_v")  # the ends of names of layers that see nothing but the prompt
 BEFORE_PROMPT = ("conv_in", "down_blocks.0.resnets.0", f"{FIRST}.proj_in", f"{FIRST}.transformer_blocks.0.attn1")
 
 
@@ -48,21 +49,15 @@ class PromptCache:
     """Keys and values of a run's prompt. context: the embeddings, the very tensor that the UNet is called with."""
 
     context: Tensor
-    computed: dict[Attention, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    projected: dict[nn.Module, Tensor] = field(default_factory=dict)
 
-    def keys_values(self, module: Attention, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention.keys_values, computed once for the prompt."""
+    def project(self, layer: nn.Module, forward: Callable[[Tensor], Tensor], context: Tensor) -> Tensor:
+        """The output of a layer that projects the context to keys or values, computed once for the prompt."""
         if context is not self.context:
-            return Attention.keys_values(module, context)
-        if module not in self.computed:
-            self.computed[module] = Attention.keys_values(module, context)
-        return self.computed[module]
-
-    def fill(self, unet: nn.Module) -> None:
-        """Compute all of them now. A measurement then sees the UNet as it is from its second call on."""
-        for module in unet.modules():
-            if isinstance(module, TransformerBlock):
-                self.keys_values(module.attn2, self.context)
+            return forward(context)
+        if layer not in self.projected:
+            self.projected[layer] = forward(context)
+        return self.projected[layer]
 
 
 @contextmanager
@@ -85,26 +80,26 @@ def accelerated(
     """
     with ExitStack() as undo:
 
-        def replace(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        def replace(module: nn.Module, forward: Callable[..., Tensor]) -> None:
             attributes = vars(module)
-            undo.callback(attributes.update, {name: attributes[name]} if name in attributes else {})
-            undo.callback(attributes.pop, name)  # the last callback is called first
-            attributes[name] = function
+            undo.callback(attributes.update, {k: v for k, v in attributes.items() if k == "forward"})
+            undo.callback(attributes.pop, "forward")  # the last callback is called first
+            attributes["forward"] = forward
 
         for name, module in network.named_modules():
             is_attention, layer_cache = isinstance(module, Attention), None
             if cache is not None and (is_attention if arithmetic is None else type(module) is nn.Conv2d):
                 layer_cache = cache.setdefault(module, {})
             if arithmetic is not None and type(module) is nn.Conv2d:
-                replace(module, "forward", partial(_conv2d, module, arithmetic, fast, layer_cache, thresholds))
+                replace(module, partial(_conv2d, module, arithmetic, fast, layer_cache, thresholds))
             elif arithmetic is not None and type(module) in LAYERS:
-                replace(module, "forward", partial(_with_converted, LAYERS[type(module)], module, arithmetic))
+                replace(module, partial(_with_converted, LAYERS[type(module)], module, arithmetic))
             elif is_attention and layer_cache is not None:
-                replace(module, "queries_keys_values", partial(_fused_qkv, module, layer_cache))
-            if is_attention and prompt is not None:
-                replace(module, "keys_values", partial(prompt.keys_values, module))
+                replace(module, partial(_with_fused_qkv, module, layer_cache))
+            if prompt is not None and name.endswith(OF_PROMPT):
+                replace(module, partial(prompt.project, module, module.forward))
             if paired and name in BEFORE_PROMPT:
-                replace(module, "forward", partial(_for_one_half, module.forward))
+                replace(module, partial(_for_one_half, module.forward))
         yield
 
 
@@ -200,17 +195,16 @@ def _warn_of_refusal(reason: str) -> None:
     warnings.warn(told, MinpaintWarning, stacklevel=2)
 
 
-def _fused_qkv(
-    module: Attention, cache: LayerCache, x: Tensor, context: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention.queries_keys_values; of self-attention by one product with the weights of all three."""
+def _with_fused_qkv(module: Attention, cache: LayerCache, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """Attention.forward; of self-attention with one product for queries, keys and values."""
     if context is not None:
-        return Attention.queries_keys_values(module, x, context)
+        return Attention.forward(module, x, context)
     if FUSED_QKV not in cache:
         cache[FUSED_QKV] = [torch.cat([layer.weight for layer in (module.to_q, module.to_k, module.to_v)])]
     qkv = F.linear(x, cache[FUSED_QKV][0])
     q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=module.heads)
-    return q, k, v
+    out: Tensor = module.to_out(rearrange(module.attend(q, k, v), "b h n d -> b n (h d)"))
+    return out
 
 
 def _for_one_half(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -38,19 +38,10 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or channels, channels, bias=bias)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """[b, m, context_dim] -> keys and values, both [b, h, m, d]."""
-        k = rearrange(self.to_k(context), "b m (h d) -> b h m d", h=self.heads)
-        v = rearrange(self.to_v(context), "b m (h d) -> b h m d", h=self.heads)
-        return k, v
-
-    def queries_keys_values(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """[b, n, c] and perhaps [b, m, context_dim] -> [b, h, n, d], [b, h, m, d], [b, h, m, d]."""
-        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
-        return q, *self.keys_values(x if context is None else context)
-
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        q, k, v = self.queries_keys_values(x, context)
+        context = x if context is None else context
+        projections = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (rearrange(each, "b n (h d) -> b h n d", h=self.heads) for each in projections)
         out: Tensor = self.to_out(rearrange(self.attend(q, k, v), "b h n d -> b n (h d)"))
         return out
 
