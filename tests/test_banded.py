@@ -103,7 +103,7 @@ def test_some_bands_take_the_memory_of_all() -> None:
 def test_query_rows_do_not_change_attention(n: int, m: int, rows: int) -> None:
     generator = torch.Generator().manual_seed(n)
     q, k, v = (torch.randn(2, 3, length, 16, generator=generator) for length in (n, m, m))
-    assert relative_error(sliced_attend(rows)(q, k, v), attend(q, k, v)) < 1e-6
+    assert relative_error(sliced_attend(rows, q, k, v), attend(q, k, v)) < 1e-6
 
 
 def test_query_rows_reach_every_attention_and_bound_its_scores() -> None:

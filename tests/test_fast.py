@@ -78,12 +78,13 @@ def test_every_shape_of_convolution_finds_a_form(
 ) -> None:
     thresholds = Thresholds(outputs=50)
     x = torch.randn(2, channels, side, side)
-    weight, bias = torch.randn(outputs, channels, kernel, kernel).to(kind), torch.randn(outputs).to(kind)
+    layer = nn.Conv2d(channels, outputs, kernel, stride, padding, dtype=kind).requires_grad_(False)
+    weight, bias = nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
     exact = nn.functional.conv2d(x, weight.float(), bias.float(), stride, padding)
-    wide = convolve(x, weight, bias, stride, padding, quick, None, thresholds)
+    wide = convolve(x, layer, quick, None, thresholds)
     assert wide.dtype == torch.float32
     assert relative_error(wide, exact) < 1e-5
-    assert convolve(x.to(kind), weight, bias, stride, padding, quick, None, thresholds).dtype == kind
+    assert convolve(x.to(kind), layer, quick, None, thresholds).dtype == kind
 
 
 # Small networks are too narrow for Winograd's method otherwise.

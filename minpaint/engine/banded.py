@@ -62,21 +62,13 @@ def set_attention_slices(model: nn.Module, rows: int | None) -> None:
         if isinstance(module, Attention):
             vars(module).pop("attend", None)
             if rows is not None:
-                vars(module)["attend"] = sliced_attend(rows)
+                vars(module)["attend"] = partial(sliced_attend, rows)
 
 
-def sliced_attend(rows: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """models.attention.attend with the scores of `rows` query tokens in memory at a time.
-
-    A token of the result depends on one query only, so the slices together give the same.
-    """
-
-    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if rows >= q.shape[2]:
-            return attend(q, k, v)
-        return torch.cat([attend(part, k, v) for part in torch.split(q, rows, dim=2)], dim=2)
-
-    return sliced
+def sliced_attend(rows: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """models.attention.attend for `rows` query tokens at a time; a row of the result depends on one query alone."""
+    slices = [attend(part, k, v) for part in torch.split(q, rows, dim=2)]
+    return slices[0] if len(slices) == 1 else torch.cat(slices, dim=2)
 
 
 def set_bands(vae: VAE, bands: Bands | None) -> None:
@@ -88,7 +80,7 @@ def set_bands(vae: VAE, bands: Bands | None) -> None:
 
 
 def _forward(half: Encoder | Decoder, bands: Bands, x: Tensor) -> Tensor:
-    """Encoder.forward or Decoder.forward."""
+    """What Encoder.forward or Decoder.forward gives for x."""
     blocks = half.down_blocks if isinstance(half, Encoder) else half.up_blocks
     layers = [layer for block in blocks for group in block.children() for layer in group.children()]
     middle = [half.mid_block.resnets[0], half.mid_block.attentions[0], half.mid_block.resnets[1]]
@@ -142,7 +134,7 @@ def _doubled(x: Map) -> Map:
     def rows(top: int, bottom: int) -> Tensor:
         seen = x.rows(top // 2, (bottom + 1) // 2)
         wide = F.interpolate(seen, scale_factor=2.0, mode="nearest")
-        return wide[:, :, top % 2 :][:, :, : bottom - top]
+        return wide[:, :, top % 2 : top % 2 + bottom - top]
 
     return Map(2 * x.height, rows)
 
@@ -150,15 +142,16 @@ def _doubled(x: Map) -> Map:
 def _normed(norm: nn.Module, x: Map, bands: Bands) -> Map:
     """silu(norm(x)), the mean and the variance merged from those of all bands (Chan et al. 1983)."""
     assert isinstance(norm, nn.GroupNorm)
-    count, mean, square = 0, torch.zeros(()), torch.zeros(())  # square: sum of squared differences from the mean
+    count, mean = 0, torch.zeros((), device=norm.weight.device)
+    square = mean  # the sum of squared differences from the mean
     for top, bottom in bands.of(x.height):
         grouped = torch.unflatten(x.rows(top, bottom), 1, (norm.num_groups, -1)).flatten(2)  # [b, g, numbers]
-        variance, here = torch.var_mean(grouped.float(), dim=2, correction=0)
-        fresh, shift = grouped.shape[2], here.double() - mean.to(here.device)
+        variance, band_mean = torch.var_mean(grouped.float(), dim=2, correction=0)
+        new, shift = grouped.shape[2], band_mean.double() - mean
         del grouped
-        square = square.to(here.device) + variance.double() * fresh + shift**2 * (count * fresh / (count + fresh))
-        count += fresh
-        mean = here.double() - shift * ((count - fresh) / count)
+        square = square + variance.double() * new + shift**2 * (count * new / (count + new))
+        count += new
+        mean = band_mean.double() - shift * ((count - new) / count)
     width = norm.num_channels // norm.num_groups
     scale = norm.weight * (square / count + norm.eps).rsqrt().float().repeat_interleave(width, 1)  # [b, c]
     shift = norm.bias - mean.float().repeat_interleave(width, 1) * scale

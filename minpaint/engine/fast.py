@@ -90,10 +90,11 @@ def accelerated(
             is_attention, layer_cache = isinstance(module, Attention), None
             if cache is not None and (is_attention if arithmetic is None else type(module) is nn.Conv2d):
                 layer_cache = cache.setdefault(module, {})
-            if arithmetic is not None and type(module) is nn.Conv2d:
-                replace(module, partial(_conv2d, module, arithmetic, fast, layer_cache, thresholds))
-            elif arithmetic is not None and type(module) in LAYERS:
-                replace(module, partial(_with_converted, LAYERS[type(module)], module, arithmetic))
+            if arithmetic is not None and type(module) in LAYERS:
+                function = LAYERS[type(module)]
+                if function is convolve:
+                    function = partial(convolve, fast=fast, cache=layer_cache, thresholds=thresholds)
+                replace(module, partial(_forward, function, module, arithmetic))
             elif is_attention and layer_cache is not None:
                 replace(module, partial(_with_fused_qkv, module, layer_cache))
             if prompt is not None and name.endswith(OF_PROMPT):
@@ -106,8 +107,7 @@ def accelerated(
 def is_unmodified(network: nn.Module) -> bool:
     """Whether all layers with weights are of the kinds that can be accelerated, and nobody has put in others."""
     layers = [module for module in network.modules() if module._parameters]
-    known = (nn.Conv2d, *LAYERS)
-    return all(type(layer) in known and "forward" not in vars(layer) for layer in layers)
+    return all(type(layer) in LAYERS and "forward" not in vars(layer) for layer in layers)
 
 
 def can_cache(weights: torch.dtype, arithmetic: torch.dtype) -> bool:
@@ -121,20 +121,14 @@ def can_cache(weights: torch.dtype, arithmetic: torch.dtype) -> bool:
 
 
 def convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int = 1,
-    padding: int = 1,
-    fast: bool = True,
-    cache: LayerCache | None = None,
-    thresholds: Thresholds = DEFAULTS,
+    x: Tensor, layer: nn.Conv2d, fast: bool = True, cache: LayerCache | None = None, thresholds: Thresholds = DEFAULTS
 ) -> Tensor:
-    """A convolution of [b, c, y, x] with [o, c, k, k] and [o] -> [b, o, y', x'], in x's number format."""
+    """A layer's convolution of [b, c, y, x] -> [b, o, y', x'], in x's number format. The layer has a bias."""
     if x.dtype == torch.bfloat16:
-        return _convolve_in_bfloat16(x, weight, bias, stride, padding, cache)
-    (outputs, channels, *_), cells = weight.shape, x.shape[2] * x.shape[3]
-    form = (weight.shape[2], stride, padding)
+        return _convolve_in_bfloat16(x, layer, cache)
+    weight, bias, stride, padding = _parameters(layer)
+    (outputs, channels, kernel, _), cells = weight.shape, x.shape[2] * x.shape[3]
+    form = (kernel, stride, padding)
     if fast and form == (1, 1, 0):
         flat = weight.to(x.dtype).view(outputs, channels)
         return F.linear(x.permute(0, 2, 3, 1), flat, bias.to(x.dtype)).permute(0, 3, 1, 2)
@@ -152,31 +146,28 @@ def convolve(
     return results[0] if len(results) == 1 else torch.cat(results, dim=1)
 
 
-def _convolve_in_bfloat16(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, cache: LayerCache | None
-) -> Tensor:
+def _convolve_in_bfloat16(x: Tensor, layer: nn.Conv2d, cache: LayerCache | None) -> Tensor:
     """A convolution by oneDNN with channels together, and with packed weights where there is a cache.
 
     The operators for packed weights are private to PyTorch, and may refuse or change. If they fail,
     an empty list in the cache says so, and the layer is computed with its weights as they are.
     """
-    together = torch.channels_last
-    x = x.contiguous(memory_format=together)
+    x = x.contiguous(memory_format=torch.channels_last)
     if cache is not None and cache.get(PACKED) != []:
         try:
-            return _convolve_with_packed(x, weight, bias, stride, padding, cache)
+            return _convolve_with_packed(x, layer, cache)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             cache[PACKED] = []
             _warn_of_refusal(str(error).partition("\n")[0])
-    return F.conv2d(x, weight.to(x.dtype, memory_format=together), bias.to(x.dtype), stride, padding)
+    weight, bias, stride, padding = _parameters(layer)
+    return F.conv2d(x, weight.to(x.dtype, memory_format=torch.channels_last), bias.to(x.dtype), stride, padding)
 
 
-def _convolve_with_packed(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, cache: LayerCache
-) -> Tensor:
+def _convolve_with_packed(x: Tensor, layer: nn.Conv2d, cache: LayerCache) -> Tensor:
     """A convolution with weights in the order that the processor's units want; the first call packs them."""
+    weight, bias, stride, padding = _parameters(layer)
     form = [2 * [padding], 2 * [stride], [1, 1], 1]  # with the dilation and the groups
     if PACKED not in cache:
         pack = torch.ops.aten.mkldnn_reorder_conv2d_weight
@@ -186,6 +177,12 @@ def _convolve_with_packed(
         return F.conv2d(x, packed, bias, stride, padding)
     out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *form, "none", [], "")
     return out
+
+
+def _parameters(layer: nn.Conv2d) -> tuple[Tensor, Tensor, int, int]:
+    """Weight [o, c, k, k], bias [o], stride and padding of a convolution that treats both axes alike."""
+    assert layer.bias is not None
+    return layer.weight, layer.bias, layer.stride[0], int(layer.padding[0])
 
 
 @functools.cache
@@ -213,26 +210,18 @@ def _for_one_half(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return torch.cat([half, half])
 
 
-def _conv2d(
-    layer: nn.Conv2d,
-    arithmetic: torch.dtype,
-    fast: bool,
-    cache: LayerCache | None,
-    thresholds: Thresholds,
-    x: Tensor,
-) -> Tensor:
-    assert layer.bias is not None
-    stride, padding = layer.stride[0], int(layer.padding[0])
-    return convolve(x.to(arithmetic), layer.weight, layer.bias, stride, padding, fast, cache, thresholds)
+def _forward(function: Callable[..., Tensor], layer: nn.Module, arithmetic: torch.dtype, x: Tensor) -> Tensor:
+    return function(x.to(arithmetic), layer)
 
 
-def _with_converted(function: Callable[..., Tensor], layer: Any, arithmetic: torch.dtype, x: Tensor) -> Tensor:
-    weight, bias = (None if tensor is None else tensor.to(arithmetic) for tensor in (layer.weight, layer.bias))
-    return function(layer, x.to(arithmetic), weight, bias)
+def _converted(layer: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Weight and bias of a layer, which may have no bias."""
+    return layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
 
 
 LAYERS: dict[type, Callable[..., Tensor]] = {
-    nn.Linear: lambda layer, x, weight, bias: F.linear(x, weight, bias),
-    nn.GroupNorm: lambda layer, x, weight, bias: F.group_norm(x, layer.num_groups, weight, bias, layer.eps),
-    nn.LayerNorm: lambda layer, x, weight, bias: F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps),
+    nn.Conv2d: convolve,
+    nn.Linear: lambda x, layer: F.linear(x, *_converted(layer, x.dtype)),
+    nn.GroupNorm: lambda x, layer: F.group_norm(x, layer.num_groups, *_converted(layer, x.dtype), layer.eps),
+    nn.LayerNorm: lambda x, layer: F.layer_norm(x, layer.normalized_shape, *_converted(layer, x.dtype), layer.eps),
 }
