@@ -44,7 +44,7 @@ def test_winograds_convolution_is_a_convolution(
     generator = torch.Generator().manual_seed(batch * height + width)
     x = torch.randn(batch, channels, height, width, generator=generator)
     weight, bias = torch.randn(outputs, channels, 3, 3, generator=generator), torch.randn(outputs, generator=generator)
-    thresholds, cache = Thresholds(tiles=together, few_tiles=few, chunk=1, outputs=32), LayerCache()
+    thresholds, cache = Thresholds(tiles=together, few_tiles=few, numbers=1, outputs=32), LayerCache()
     found, again, anew = (winograd_convolve(x, weight, bias, form, kept, thresholds) for kept in (cache, cache, None))
     exact = nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     size = x.abs().max() * weight.flatten(1).norm(dim=1).max()  # of what comes out, unless its terms cancel

@@ -199,7 +199,7 @@ def test_pictures_of_a_few_pixels(tiny: Painter, size: tuple[int, int], options:
     asked = Settings("a dog", steps=2, **options)
     frame = open_frame(image, mask if masked else None, asked)
     if asked.profile == "diffusers":
-        with pytest.raises(InputError, match="under 8 pixels"):
+        with pytest.raises(InputError, match="too small for --profile diffusers"):
             tiny.paint(frame, asked)
         return
     assert explain(frame, tiny.views(frame, asked)[0]).height > 1

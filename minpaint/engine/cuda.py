@@ -34,8 +34,7 @@ class CopyStream:
         if self.stream is None:
             return None
         with torch.cuda.stream(self.stream):
-            if after is not None:
-                self.stream.wait_event(after)
+            self.stream.wait_event(after)
             device.copy_(host, non_blocking=True)
             return self.stream.record_event()
 

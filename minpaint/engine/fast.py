@@ -139,9 +139,10 @@ def convolve(
             return winograd_convolve(x, weight, bias, F2, cache, thresholds)
     if fast and cells < thresholds.f4_cells:
         x = x.contiguous()  # NCHW: oneDNN reorders the weights faster for it, which is most of the work
-    # with little memory never all weights of a layer in both number formats
-    at_once = outputs if fast or weight.dtype == x.dtype else thresholds.outputs
-    parts = zip(torch.split(weight, at_once), torch.split(bias, at_once), strict=True)
+    if fast or weight.dtype == x.dtype:
+        return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride, padding)
+    # with little memory, never all weights of a layer in both number formats
+    parts = zip(torch.split(weight, thresholds.outputs), torch.split(bias, thresholds.outputs), strict=True)
     results = [F.conv2d(x, part.to(x.dtype), add.to(x.dtype), stride, padding) for part, add in parts]
     return results[0] if len(results) == 1 else torch.cat(results, dim=1)
 

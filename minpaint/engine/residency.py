@@ -33,8 +33,8 @@ class NetworkWeights:
 
     model: the module whose parameters `directory` names. roots: the modules whose call means that
     the weights are used. dtype: the number format they are loaded in. on_call: is called with this
-    object when a root is called while the weights are offloaded, and has to load them. resident: the
-    names of the resident weights, and which version they are (see `_version`).
+    object when a root is called while the weights are offloaded, and has to load them. copy_stream:
+    how chunks reach the device. resident: the names of the resident weights, with their `_version`.
     """
 
     name: str
@@ -165,7 +165,7 @@ class NetworkWeights:
 
 
 class ChunkStream:
-    """Two pairs of buffers through which the chunks of a network's weights pass, in order and round again.
+    """Streams the chunks of a network's weights through two pairs of buffers, in order and round again.
 
     While the weights of one chunk are in use, a thread reads the next chunk into the other pair. The
     order is only a guess: a layer that is called out of turn finds its weights too, but waits for them.
@@ -175,7 +175,7 @@ class ChunkStream:
         self.weights, self.split = weights, split
         self.copies = weights.copy_stream(weights.device)
         self.buffers = [self.copies.buffers(split.buffer_size) for _ in range(2)]
-        self.copied: list[Any] = [None, None]  # events: the host's buffer may be filled again
+        self.copied: list[Any] = [None, None]  # events after which the host's buffers may be filled again
         self.thread = ThreadPoolExecutor(1)
         self.used: int | None = None  # the chunk in use, whose weights are in the buffers at `side`
         self.side = 0
@@ -216,7 +216,7 @@ class ChunkStream:
         return self.thread.submit(self._read, number, 1 - self.side, self.copies.record())
 
     def _read(self, number: int, side: int, after: Any) -> Any:
-        """What the thread does; the event of the copy to the device."""
+        """Fill the host's buffer, in the thread, and start its copy to the device; the event of the copy's end."""
         host, device = self.buffers[side]
         self.copies.synchronize(self.copied[side])
         directory = self.weights.directory

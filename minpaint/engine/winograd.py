@@ -70,13 +70,13 @@ F4 = Filtering(
 class Thresholds:
     """Where one way to compute a convolution becomes faster than another."""
 
-    channels: int = 128  # the narrowest layer that Winograd's method pays for
-    f4_cells: int = 16 * 16  # the smallest map that F(4x4) pays for,
-    f2_cells: int = 8 * 8  # and F(2x2), whose filters are cached
-    tiles: int = 128  # that go through together at least: fewer make poor matrix products
-    chunk: int = 2**16  # numbers of one cell of the tiles that go through together: more would leave the cache
-    few_tiles: int = 64  # fewer are the right-hand side of the products, which is faster then
-    many_tiles: int = 256  # beside as many, to transform the filters is little work, and they are not cached
+    channels: int = 128  # of the narrowest layer that Winograd's method pays for
+    f4_cells: int = 16 * 16  # of the smallest map that F(4x4) pays for
+    f2_cells: int = 8 * 8  # of the smallest map that F(2x2) pays for, if its filters are cached
+    tiles: int = 128  # of a group that is transformed together, at least: fewer make poor matrix products
+    numbers: int = 2**16  # at one place of a group's tiles, at most: more would leave the processor's cache
+    few_tiles: int = 64  # fewer tiles than this are the right operand of the products, which is faster then
+    many_tiles: int = 256  # from here on, transforming filters is little of the work, and they are not cached
     outputs: int = 320  # channels whose weights are transformed, or converted, at a time
     # Transformed filters are cached for at most so many pixels in all rows of a call, and at least so many
     # steps: otherwise they save less time than it takes to get memory for them.
@@ -105,21 +105,21 @@ def winograd_convolve(
     tiles = padded.unfold(1, n, m).unfold(2, n, m).permute(4, 5, 0, 1, 2, 3)  # [n, n, b, down, across, c]
     out = torch.empty((batch, down, m, across, m, outputs), dtype=x.dtype, device=x.device)
 
-    together = max(thresholds.tiles, thresholds.chunk // channels)
+    together = max(thresholds.tiles, thresholds.numbers // channels)
     images, rows = max(together // (down * across), 1), min(max(together // across, 1), down)
-    chunks = [(image, row) for image in range(0, batch, images) for row in range(0, down, rows)]
+    groups = [(image, row) for image in range(0, batch, images) for row in range(0, down, rows)]
     if x.is_meta:
-        del chunks[1:]  # one takes the memory that all take
+        del groups[1:]  # one takes the memory that all take
     filters: Iterable[Tensor] = form.filters(weight, thresholds.outputs)
     if cache is not None and batch * down * across < thresholds.many_tiles:
         if form not in cache:
             cache[form] = list(filters)
         filters = cache[form]
-    elif len(chunks) > 1:
+    elif len(groups) > 1:
         filters = list(filters)  # needed more than once
     data, output = _in_two_dimensions(form.data, x.device), _in_two_dimensions(form.output, x.device)
     bias = bias.float()
-    for image, row in chunks:
+    for image, row in groups:
         place = (slice(image, image + images), slice(row, row + rows))
         cells = tiles[:, :, place[0], place[1]]
         seen = torch.mm(data, cells.reshape(n * n, -1)).view(n * n, -1, channels)

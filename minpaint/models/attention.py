@@ -6,6 +6,7 @@ Axes: b batch, n query tokens, m key tokens, h heads, d channels of a head, c ch
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -107,21 +108,13 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        height = x.shape[2]
-        residual = x
-        x = self.norm(x)
-        if not self.linear:
-            x = self.proj_in(x)
-        x = rearrange(x, "b c y x -> b (y x) c")
-        if self.linear:
-            x = self.proj_in(x)
+        to_tokens = partial(rearrange, pattern="b c y x -> b (y x) c")
+        to_map = partial(rearrange, pattern="b (y x) c -> b c y x", y=x.shape[2])
+        residual, x = x, self.norm(x)
+        x = self.proj_in(to_tokens(x)) if self.linear else to_tokens(self.proj_in(x))
         for block in self.transformer_blocks:
             x = block(x, context)
-        if self.linear:
-            x = self.proj_out(x)
-        x = rearrange(x, "b (y x) c -> b c y x", y=height)
-        if not self.linear:
-            x = self.proj_out(x)
+        x = to_map(self.proj_out(x)) if self.linear else self.proj_out(to_map(x))
         return x + residual
 
 
