@@ -6,8 +6,7 @@ arguments, `--help`, the record of a painting and README's table are all made fr
 
 from __future__ import annotations
 
-import math
-import operator
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
@@ -16,8 +15,6 @@ from typing import Any
 from minpaint.errors import InputError
 
 SAMPLERS = ("ddim", "pndm", "dpmpp")
-PROFILES = ("minpaint", "diffusers")
-FILLS = ("original", "edge", "blur", "noise", "blank")
 SIDES = ("left", "top", "right", "bottom")
 # the headings under which --help lists the options
 WHAT, MODEL, HOLE, MACHINE = "what to paint", "the model and its sampler", "the hole and its seam", "the machine"
@@ -26,24 +23,18 @@ WHAT, MODEL, HOLE, MACHINE = "what to paint", "the model and its sampler", "the 
 def _text(name: str, value: Any) -> None:
     if not isinstance(value, str):
         raise InputError(f"{name} must be a string, not {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{name} {value!r} is not valid UTF-8") from None
+    if value.encode(errors="ignore").decode() != value:
+        raise InputError(f"{name} {value!r} is not valid UTF-8")
 
 
 def _whole(name: str, value: Any, least: int = 0) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < least:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
         raise InputError(f"{name} must be a whole number from {least} up, not {value!r}")
 
 
-def _number(name: str, value: Any, most: float = math.inf) -> None:
-    try:
-        fits = not isinstance(value, (bool, str)) and 0 <= float(value) <= most and math.isfinite(value)
-    except (TypeError, ValueError, OverflowError):
-        fits = False
-    if not fits:
-        limits = f"a number from 0 to {most}" if math.isfinite(most) else "a finite number from 0 up"
+def _number(name: str, value: Any, most: float = sys.float_info.max) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__float__") or not 0 <= value <= most:
+        limits = f"a number from 0 to {most}" if most == 1 else "a finite number from 0 up"
         raise InputError(f"{name} must be {limits}, not {value!r}")
 
 
@@ -58,10 +49,9 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def _context(name: str, value: Any) -> None:
-    if isinstance(value, str):
-        if value not in ("auto", "whole"):
+    if value not in ("auto", "whole"):
+        if isinstance(value, str):
             raise InputError(f"{name} {value!r} is unknown; use auto, whole or a number of pixels")
-    else:
         _whole(name, value)
 
 
@@ -88,10 +78,7 @@ _positive, _share = partial(_whole, least=1), partial(_number, most=1)
 
 
 def _option(default: Any, group: str, check: Check | tuple[str, ...], text: str, **arguments: Any) -> Any:
-    """A field of Settings with its check, or the words it may be, and its help text under a group's heading.
-
-    arguments: what else argparse's add_argument is to be given.
-    """
+    """A field of Settings: its heading, its check or the words it may be, its help text, add_argument's arguments."""
     if isinstance(check, tuple):
         arguments["choices"], check = check, partial(_choice, choices=check)
     return field(default=default, metadata={"group": group, "check": check, "help": text, "arguments": arguments})
@@ -116,8 +103,9 @@ class Settings:
     sampler: str | None = _option(None, MODEL, SAMPLERS, "default: what the checkpoint names")
     eta: float = _option(0.0, MODEL, _share, "randomness of ddim, 0 to 1")
     seed: int = _option(0, MODEL, _whole, "one seed gives one picture")
-    count: int = _option(1, MODEL, _positive, "pictures to paint, with seeds from --seed up")
-    profile: str = _option("minpaint", MACHINE, PROFILES, "diffusers: what its pipeline gives, nothing pasted back")
+    count: int = _option(1, MODEL, _positive, "pictures to paint at once, each with the next seed")
+    profile: str = _option("minpaint", MACHINE, ("minpaint", "diffusers"),
+        "diffusers: what its pipeline gives, nothing pasted back")
     grow: int = _option(0, HOLE, _whole, "pixels by which the hole grows outward", metavar="N")
     feather: int = _option(0, HOLE, _whole, "pixels outside over which the painting fades", metavar="N")
     # differential diffusion: Levin & Fried 2023, arXiv:2306.00950
@@ -127,22 +115,22 @@ class Settings:
     separate: bool = _option(False, HOLE, _switch, "paint parts that are far apart one after the other")
     expand: str | Mapping[str, int] | None = _option(None, HOLE, _margins, "add pixels at the sides and paint them",
         metavar="left=N,top=N,...")
-    fill: str = _option("original", HOLE, FILLS, "what the hole starts from at a strength under 1")
+    fill: str = _option("original", HOLE, ("original", "edge", "blur", "noise", "blank"),
+        "what the hole starts from at a strength under 1")
     color_match: bool = _option(True, HOLE, _switch, "take the colour step out of the seam")
     # fmt: on
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            if getattr(self, option.name) is not option.default:
-                option.metadata["check"](option.name, getattr(self, option.name))
+            name, value, told = option.name, getattr(self, option.name), option.metadata
+            if value is not option.default:
+                told["check"](name, value)
+            if told["group"] == HOLE and value != option.default and self.profile == "diffusers":
+                raise InputError(f"{name} is not for profile diffusers, which paints as diffusers does; leave it out")
         if self.seed + self.count > 2**63:
             raise InputError(f"seed {self.seed} is too large; use one under 2^63")
         if self.strength == 0:
             raise InputError("strength 0 would leave the picture as it is; use more than 0, up to 1")
-        own = [option for option in fields(self) if option.metadata["group"] == HOLE]
-        changed = [option.name for option in own if getattr(self, option.name) != option.default]
-        if changed and self.profile == "diffusers":
-            raise InputError(f"{changed[0]} is not for profile diffusers, which paints as diffusers does; leave it out")
 
     @property
     def margins(self) -> tuple[int, int, int, int]:
