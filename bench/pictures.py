@@ -7,7 +7,7 @@ from PIL import Image, ImageChops
 
 import minpaint
 from bench.common import RESULTS
-from minpaint.cli.demo import bundled
+from minpaint.cli.demo import MASK, PICTURE, PROMPT
 from minpaint.picture.explain import stages
 from minpaint.picture.frame import open_frame
 from minpaint.picture.image import open_image, strip, to_image
@@ -25,12 +25,12 @@ def save(picture: Image.Image, name: str) -> None:
 
 
 def main() -> None:
-    painter, example = minpaint.load("tiny", device="cpu", dtype="fp32"), bundled()
-    image, mask = open_image(example.picture), open_image(example.mask)
+    painter = minpaint.load("tiny", device="cpu", dtype="fp32")
+    image, mask = open_image(PICTURE), open_image(MASK)
     paintings = [painter(image, mask, prompt, sampler="ddim", steps=20)[0].image for prompt in PROMPTS]
     save(strip([image, mask, *paintings]), "prompts.png")
     guesses = []
-    for step in painter.steps(image, mask, example.prompt, sampler="ddim", steps=20):
+    for step in painter.steps(image, mask, PROMPT, sampler="ddim", steps=20):
         if step.i in SHOWN:
             with torch.inference_mode():
                 guesses.append(to_image(painter.vae.decode(step.x0 / painter.vae_config.scaling_factor)[0]))

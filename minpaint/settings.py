@@ -122,10 +122,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            name, value, told = option.name, getattr(self, option.name), option.metadata
-            if value is not option.default:
-                told["check"](name, value)
-            if told["group"] == HOLE and value != option.default and self.profile == "diffusers":
+            name, value = option.name, getattr(self, option.name)
+            if value is option.default:
+                continue
+            try:
+                option.metadata["check"](name, value)
+            except InputError:
+                raise
+            except (TypeError, ValueError, RuntimeError):  # an array is neither less nor more than a number
+                raise InputError(f"{name} cannot be a {type(value).__name__}") from None
+            if option.metadata["group"] == HOLE and value != option.default and self.profile == "diffusers":
                 raise InputError(f"{name} is not for profile diffusers, which paints as diffusers does; leave it out")
         if self.seed + self.count > 2**63:
             raise InputError(f"seed {self.seed} is too large; use one under 2^63")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from conftest import largest_level_difference, make_mask, make_picture
 from PIL import Image
 
 from minpaint.cli.main import main
-from minpaint.cli.options import SUFFIXES, markdown, parse
+from minpaint.cli.options import OPTIONS, SUFFIXES, parse
 from minpaint.picture.saving import FORMATS
 from minpaint.settings import Settings
 
@@ -227,9 +228,26 @@ def test_help_is_quick() -> None:
 
 
 def test_readme_holds_the_table_of_options() -> None:
-    """`python -m minpaint.cli.options` prints it."""
+    """Run this file to write it there: python tests/test_command_line.py"""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- options -->\n{markdown()}\n<!-- /options -->\n" in readme
+    assert with_options(readme) == readme
+
+
+def with_options(readme: str) -> str:
+    """README's text with the table of the options of `paint` as it should be."""
+    lines, heading = ["| option | |", "| --- | --- |"], ""
+    for group, words, text, given in OPTIONS:
+        if group != heading:
+            heading = group
+            lines.append(f"| **{heading}** | |")
+        names = words.split()
+        value = given.get("metavar") or "\\|".join(given.get("choices", ())) or names[-1].strip("-").upper()
+        if given.get("action") is argparse.BooleanOptionalAction:
+            names.append(f"--no-{names[0][2:]}")
+        lines.append(f"| `{', '.join(names)}{'' if 'action' in given else f' {value}'}` | {text} |")
+    start, end = "<!-- options -->\n", "\n<!-- /options -->\n"
+    before, after = readme.split(start)[0], readme.split(end)[1]
+    return before + start + "\n".join(lines) + end + after
 
 
 def test_the_options_given_nothing_are_the_defaults_of_settings(command: Callable[..., list[str]]) -> None:
@@ -449,3 +467,8 @@ def test_the_steps_really_run_are_said(command: Callable[..., list[str]], capsys
     out, err = capsys.readouterr()
     assert json.loads(out)["steps_run"] == 3
     assert "3 network calls" in err
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(with_options(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -171,6 +171,7 @@ def test_a_text_encoder_that_gives_nan_is_an_error(
         ({"steps": 2.5}, "steps"),
         ({"steps": "4"}, "steps"),
         ({"steps": True}, "steps"),
+        ({"steps": torch.zeros(3)}, "steps cannot be a Tensor"),
         ({"steps": 1001}, "steps 1001"),
         ({"guidance": math.nan}, "guidance"),
         ({"guidance": math.inf}, "guidance"),

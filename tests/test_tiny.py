@@ -205,9 +205,8 @@ def test_the_demo_runs_from_any_folder_and_loses_nothing(tmp_path: Path) -> None
 
 
 def test_the_example_is_for_the_model(tiny: Painter) -> None:
-    from minpaint.cli.demo import bundled
+    from minpaint.cli.demo import MASK, PICTURE, PROMPT
 
-    example = bundled()
-    Settings(example.prompt)
-    with Image.open(example.picture) as picture, Image.open(example.mask) as mask:
+    Settings(PROMPT)
+    with Image.open(PICTURE) as picture, Image.open(MASK) as mask:
         assert picture.size == mask.size == (world.SIZE, world.SIZE)

@@ -1,11 +1,10 @@
-"""Write the bundled example: a picture of the toy world, a mask over its house, and a prompt.
+"""Write the bundled example: a picture of the toy world and a mask over its house.
 
 python -m weights.make_example
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from random import Random
 
@@ -23,16 +22,12 @@ SCENE = world.Scene(
         world.Thing("house", "blue", x=0.6, y=0.86, scale=1.0, shape=0.5),
     ),
 )
-PROMPT = "a red tower in a meadow by day"
-OPTIONS = ["--steps", "20"]
 
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     world.draw(SCENE).save(FOLDER / "picture.png", optimize=True)
     world.hole_over(Random(2), SCENE.things[1]).save(FOLDER / "mask.png", optimize=True)
-    told = {"prompt": PROMPT, "options": OPTIONS}
-    (FOLDER / "example.json").write_text(json.dumps(told, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The command line: `python -m minpaint VERB`, where each verb is a module beside this one.
+"""The command line: `python -m minpaint VERB`, where each verb is a function in a module beside this one.
 
 Exit codes: 0 done; 2 bad usage or bad input; 3 the budget cannot hold; 1 anything else.
+Messages go to stderr; stdout is for what plan, info and --json print, and nothing else.
 """
 
 from __future__ import annotations
@@ -8,40 +9,47 @@ from __future__ import annotations
 import os
 import sys
 import time
-from importlib import import_module
+import warnings
+from pkgutil import resolve_name
 
-from minpaint.cli.options import parse
-from minpaint.cli.terminal import Note, fail, hush_libraries, note, warnings_as_notes
-from minpaint.errors import BudgetError, CheckpointError, InputError
+from minpaint.cli.options import Note, parse
+from minpaint.errors import BudgetError, CheckpointError, InputError, MinpaintWarning
+
+VERBS = {None: "demo:demo", "paint": "paint:paint", "plan": "plan:plan", "info": "paint:info"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line with these arguments, or the process's own; returns the exit code."""
-    started = time.perf_counter()
     try:
-        _run(arguments, started)
-    except BudgetError as error:
-        return fail(error, 3)
-    except (InputError, CheckpointError) as error:
-        return fail(error, 2)
+        started = time.perf_counter()
+        options = parse(arguments)
+        options.started, quiet = started, getattr(options, "quiet", False)
+        note: Note = (lambda line: None) if quiet else _say
+        if options.verb == "paint" and options.model is None:
+            note("no --model given: using tiny, the bundled toy model")
+        # the libraries read these variables when they are imported, and then keep their own messages to themselves
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        if quiet:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        with warnings.catch_warnings():  # our own warnings become one line each, and no others are shown
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", MinpaintWarning)
+            warnings.showwarning = lambda message, *_: note(f"note: {message}")
+            # imported only now: the libraries take seconds, which --help and bad usage need not wait for
+            resolve_name(f"minpaint.cli.{VERBS[options.verb]}")(options, note)
+        return 0
     except BrokenPipeError:  # whoever read stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        return fail("stopped; nothing half-written is left", 1)
+        message, code = "stopped; nothing half-written is left", 1
     except Exception as error:
-        return fail(str(error) or type(error).__name__, 1)
-    return 0
+        message = " ".join(str(error).split()) or type(error).__name__
+        code = 3 if isinstance(error, BudgetError) else 2 if isinstance(error, (InputError, CheckpointError)) else 1
+    _say(f"error: {message}")
+    return code
 
 
-def _run(arguments: list[str] | None, started: float) -> None:
-    options = parse(arguments)
-    options.started = started
-    quiet = getattr(options, "quiet", False)
-    say: Note = (lambda line: None) if quiet else note
-    if options.verb == "paint" and options.model is None:
-        say("no --model given: using tiny, the bundled toy model")
-    hush_libraries(quiet)
-    with warnings_as_notes(say):
-        # imported only now: the libraries take seconds, which --help and bad usage need not wait for
-        import_module(f"minpaint.cli.{options.verb or 'demo'}").run(options, say)
+def _say(line: str) -> None:
+    print(f"minpaint: {line}", file=sys.stderr, flush=True)

@@ -1,7 +1,6 @@
-"""The command line's options: the parser, made from the fields of Settings, and the checks of files and streams.
+"""The command line's options: one table, partly made from the fields of Settings, and the checks of files and streams.
 
 Nothing heavy is imported here, so that `--help` and bad usage are answered at once.
-`python -m minpaint.cli.options` prints the table of options that README holds.
 """
 
 from __future__ import annotations
@@ -9,19 +8,66 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from minpaint import __version__
 from minpaint.errors import InputError
 from minpaint.settings import HOLE, MACHINE, MODEL, WHAT, Settings
 
+Note = Callable[[str], None]  # says one line on stderr; with --quiet it says nothing
+Source = str | BytesIO  # a file to read, or the content of stdin
 STREAM = "-"  # stdin as an input, stdout as the output
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of the files that can be written
+WRITTEN = f"{', '.join(SUFFIXES)}; {{seed}} stands for the seed; - is stdout"
 MODELS = "tiny, sd15, sd2, owner/name[@revision] of the hub, a folder or a .safetensors file (default: tiny)"
-DTYPES = ("auto", "fp32", "bf16", "fp16")
+FILE, AUTO, SWITCH = {"metavar": "FILE"}, {"default": "auto"}, {"action": "store_true"}
+ON_OFF = {"action": argparse.BooleanOptionalAction}
+
+
+# the heading an option is listed under, its names, its help text, and what else argparse's add_argument takes
+Option = tuple[str, str, str, dict[str, Any]]
+
+
+def _settings(heading: str) -> list[Option]:
+    """The fields of Settings under a heading; the help text ends with the default."""
+    options = []
+    for field in fields(Settings):
+        default = None if field.default is MISSING else field.default
+        number = isinstance(default, (int, float)) and not isinstance(default, bool)
+        kind = {"type": type(default)} if number else ON_OFF if isinstance(default, bool) else {}
+        shown = f"{default:g}" if number else "on" if default is True else default
+        text = field.metadata["help"] + (f" (default: {shown})" if shown else "")
+        arguments = {"default": default, **kind, **field.metadata["arguments"]}
+        options.append((field.metadata["group"], f"--{field.name.replace('_', '-')}", text, arguments))
+    return [option for option in options if option[0] == heading]
+
+
+OPTIONS: list[Option] = [
+    (WHAT, "--image", "the picture; - reads stdin", FILE),
+    (WHAT, "--mask", "white where to repaint (default: where the picture is transparent)", FILE),
+    *_settings(WHAT),
+    (WHAT, "-o --output", WRITTEN, {**FILE, "required": True}),
+    (WHAT, "--like", "repeat the run that painted FILE; options given here take precedence", FILE),
+    (MODEL, "--model", MODELS, {}),
+    (MODEL, "--config", "configurations and tokenizer of a single-file model", {"metavar": "FOLDER"}),
+    *_settings(MODEL),
+    (MODEL, "--best", "of --count pictures, write the one whose seam shows least", SWITCH),
+    *_settings(HOLE),
+    (HOLE, "--explain-mask", "draw every stage of the mask side by side", FILE),
+    (MACHINE, "--device", "auto, cpu, cuda or cuda:N (default: auto)", AUTO),
+    (MACHINE, "--dtype", "of the networks (default: auto)", {**AUTO, "choices": ("auto", "fp32", "bf16", "fp16")}),
+    (MACHINE, "--budget", "memory the run may take, or is refused at once (default: 15GiB)", {"metavar": "SIZE"}),
+    *_settings(MACHINE),
+    (MACHINE, "--json", "print one JSON object on stdout", SWITCH),
+    (MACHINE, "--quiet", "no progress and no messages but errors", SWITCH),
+    (MACHINE, "--overwrite", "replace outputs that exist", SWITCH),
+    (MACHINE, "--record", "keep what repeats the run in the file (default: on)", {**ON_OFF, "default": True}),
+]
+PLANNED = ("--model", "--config", "--guidance", "--count", "--device", "--dtype", "--budget", "--json")
 REPEATED = {"model", "config", "image", "mask", "dtype", *(field.name for field in fields(Settings))}  # by --like
 
 
@@ -30,103 +76,38 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
-def make_parser(repeated: dict[str, Any] | None = None) -> argparse.ArgumentParser:
-    """The parser of all verbs; `repeated` are other defaults for `paint`."""
+def make_parser(record: dict[str, Any] | None = None) -> argparse.ArgumentParser:
+    """The parser of all verbs; the defaults of `paint` are those of the record that --like repeats, if any."""
     text = "Stable Diffusion inpainting. Without a verb: repaint the bundled example."
     parser = _Parser(prog="python -m minpaint", description=text)
     parser.add_argument("--version", action="version", version=f"minpaint {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
     text = "Repaint the white part of a mask from a prompt."
     paint = verbs.add_parser("paint", help="repaint the white part of a mask from a prompt", description=text)
-    _add_paint(paint)
-    paint.set_defaults(**(repeated or {}))
+    groups = {heading: paint.add_argument_group(heading) for heading in (WHAT, MODEL, HOLE, MACHINE)}
     summary = "say what a run will take, and how it will keep within a budget"
-    text = "Predict the memory of a run from a checkpoint's shapes; no weights are read, none fetched."
-    add = verbs.add_parser("plan", help=summary, description=text).add_argument
-    add("--model", default="tiny", help=MODELS)
-    add("--config", metavar="FOLDER", help="configurations of a single-file model")
-    add("--size", default="512x512", metavar="WxH", help="what the network paints (default: 512x512)")
-    add("--count", type=int, default=1, help="pictures at once (default: 1)")
-    add("--guidance", type=float, default=7.5, help="1 or less needs half the batch (default: 7.5)")
-    add("--device", default="auto", help="auto, cpu, cuda; one that this machine lacks is planned for too")
-    add("--dtype", default="auto", choices=DTYPES, help="default: auto")
-    add("--budget", metavar="SIZE", help="default: 15GiB")
-    add("--json", action="store_true", help="print one JSON object")
+    text = """Predict the memory of a run from a checkpoint's shapes; no weights are read, none fetched.
+        A device that this machine lacks is planned for too."""
+    plan = verbs.add_parser("plan", help=summary, description=text)
+    plan.add_argument("--size", default="512x512", metavar="WxH", help="what the network paints (default: 512x512)")
+    for heading, names, text, more in OPTIONS:
+        for parent in [groups[heading], *([plan] if names in PLANNED else [])]:
+            # help is set afterwards, because argparse of Python 3.10 adds its own "(default: True)" to a switch's
+            parent.add_argument(*names.split(), **more).help = text
+    paint.set_defaults(repeats=record, **{name: value for name, value in (record or {}).items() if name in REPEATED})
+    plan.set_defaults(model="tiny")
     text = "Print the record that minpaint left in a file."
-    add = verbs.add_parser("info", help="print how a picture was painted", description=text).add_argument
-    add("file", metavar="FILE", help="a picture that minpaint wrote; - reads stdin")
-    add("--json", action="store_true", help="print it as one JSON object")
+    info = verbs.add_parser("info", help="print how a picture was painted", description=text)
+    info.add_argument("file", metavar="FILE", help="a picture that minpaint wrote; - reads stdin")
+    info.add_argument("--json", action="store_true", help="print it as one JSON object")
     return parser
-
-
-def _add_paint(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(WHAT)
-    add = group.add_argument
-    add("--image", metavar="FILE", help="the picture; - reads stdin")
-    add("--mask", metavar="FILE", help="white where to repaint (default: where the picture is transparent)")
-    _add_settings(group)
-    written = f"{', '.join(SUFFIXES)}; {{seed}} stands for the seed; - is stdout"
-    add("-o", "--output", required=True, metavar="FILE", help=written)
-    add("--like", metavar="FILE", help="repeat the run that painted FILE; options given here take precedence")
-    group = parser.add_argument_group(MODEL)
-    add = group.add_argument
-    add("--model", help=MODELS)
-    add("--config", metavar="FOLDER", help="configurations and tokenizer of a single-file model")
-    _add_settings(group)
-    add("--best", action="store_true", help="of --count pictures, write the one whose seam shows least")
-    group = parser.add_argument_group(HOLE)
-    _add_settings(group)
-    group.add_argument("--explain-mask", metavar="FILE", help="draw every stage of the mask side by side")
-    group = parser.add_argument_group(MACHINE)
-    add = group.add_argument
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--dtype", default="auto", choices=DTYPES, help="of the networks (default: auto)")
-    add("--budget", metavar="SIZE", help="memory the run may take, or is refused at once (default: 15GiB)")
-    _add_settings(group)
-    add("--json", action="store_true", help="print one JSON object on stdout")
-    add("--quiet", action="store_true", help="no progress and no messages but errors")
-    add("--overwrite", action="store_true", help="replace outputs that exist")
-    record = add("--record", action=argparse.BooleanOptionalAction, default=True)
-    record.help = "keep what repeats the run in the file (default: on)"
-
-
-def _add_settings(group: argparse._ArgumentGroup) -> None:
-    """Add the fields of Settings that belong under the group's heading; the help text ends with the default."""
-    for field in fields(Settings):
-        if field.metadata["group"] != group.title:
-            continue
-        default = None if field.default is MISSING else field.default
-        kind: dict[str, Any] = {}
-        if isinstance(default, bool):
-            kind["action"] = argparse.BooleanOptionalAction
-        elif isinstance(default, (int, float)):
-            kind["type"] = type(default)
-        option = f"--{field.name.replace('_', '-')}"
-        action = group.add_argument(option, default=default, **kind, **field.metadata["arguments"])
-        shown = "on" if default is True else f"{default:g}" if "type" in kind else default
-        # set afterwards, because argparse of Python 3.10 adds its own "(default: True)" to a switch's help
-        action.help = field.metadata["help"] + (f" (default: {shown})" if shown else "")
-
-
-def markdown() -> str:
-    """README's table of the options of `paint`."""
-    parser = argparse.ArgumentParser(add_help=False)
-    _add_paint(parser)
-    lines = ["| option | |", "| --- | --- |"]
-    for group in parser._action_groups[2:]:  # behind argparse's own two groups
-        lines.append(f"| **{group.title}** | |")
-        for action in group._group_actions:
-            value = action.metavar or "\\|".join(action.choices or ()) or action.dest.upper()
-            names = ", ".join(action.option_strings)
-            lines.append(f"| `{names}{'' if action.nargs == 0 else f' {value}'}` | {action.help} |")
-    return "\n".join(lines)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options of a verb, as attributes.
 
-    For `paint` also `settings`, the Settings; `targets`, where each painting goes; and `repeats`, the
-    record of the file that --like names or None: that run's options replace the defaults.
+    For `paint` also `settings`, the Settings; `targets`, the file for each painting, or "-"; and
+    `repeats`, the record of the file that --like names or None: that run's options replace the defaults.
 
     Raises:
         InputError: options that are unknown, missing, wrong or contradict each other.
@@ -134,14 +115,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = make_parser().parse_args(arguments)
     if options.verb != "paint":
         return options
-    options.repeats = None
     if options.like is not None:
         from minpaint.picture.saving import read_record
 
-        record = read_record(source(options.like))
-        known = {key: value for key, value in record.items() if key in REPEATED}
-        options = make_parser(known).parse_args(arguments)
-        options.repeats = record
+        options = make_parser(read_record(source(options.like))).parse_args(arguments)
     for name in ("image", "prompt"):
         if getattr(options, name) is None:
             raise InputError(f"--{name} is missing; see python -m minpaint paint --help")
@@ -149,35 +126,30 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.targets = _targets(options, options.settings.seeds)
     if [options.image, options.mask, options.like].count(STREAM) > 1:
         raise InputError("stdin holds one picture; use - for only one of --image, --mask and --like")
-    if options.output == STREAM and options.json:
-        raise InputError("output -: stdout cannot take the picture and the object of --json; name a file")
     return options
 
 
-def source(file: str) -> str | BytesIO:
-    """A file to read, or the content of stdin."""
+def source(file: str) -> Source:
     return BytesIO(sys.stdin.buffer.read()) if file == STREAM else file
 
 
-def _targets(options: argparse.Namespace, seeds: range) -> list[Path | BinaryIO]:
+def _targets(options: argparse.Namespace, seeds: range) -> list[Path]:
     """Where each seed's painting goes; InputError if it cannot be written there."""
     pattern, several = options.output, len(seeds) > 1 and not options.best
-    explained = None if options.explain_mask is None else Path(options.explain_mask)
-    if explained is not None:
-        _check_writable(explained, options.overwrite)
-    if pattern == STREAM:
-        if several:
-            raise InputError("output -: stdout takes one picture; leave out --count, add --best, or name a file")
-        return [sys.stdout.buffer] * len(seeds)
+    if pattern == STREAM and several:
+        raise InputError("output -: stdout takes one picture; leave out --count, add --best, or name a file")
+    if pattern == STREAM and options.json:
+        raise InputError("output -: stdout cannot take the picture and the object of --json; name a file")
+    plain = Path(pattern)
     if several and "{seed}" not in pattern:
-        plain = Path(pattern)
         pattern = str(plain.with_name(f"{plain.stem}-{{seed}}{plain.suffix}"))
     targets = [Path(pattern.replace("{seed}", str(seed))) for seed in seeds]
-    for target in targets:
-        _check_writable(target, options.overwrite)
-        if explained is not None and target.resolve() == explained.resolve():
-            raise InputError(f"output {target} is also the file of --explain-mask; name another")
-    return [*targets]
+    explained = [] if options.explain_mask is None else [Path(options.explain_mask)]
+    for file in [*explained, *(targets if pattern != STREAM else [])]:
+        _check_writable(file, options.overwrite)
+        if explained and file is not explained[0] and file.resolve() == explained[0].resolve():
+            raise InputError(f"output {file} is also the file of --explain-mask; name another")
+    return targets
 
 
 def _check_writable(target: Path, overwrite: bool) -> None:
@@ -193,7 +165,3 @@ def _check_writable(target: Path, overwrite: bool) -> None:
         tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
         raise InputError(f"output {target}: the folder {target.parent} is not writable ({error})") from None
-
-
-if __name__ == "__main__":
-    print(markdown())

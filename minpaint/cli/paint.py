@@ -1,59 +1,51 @@
-"""`paint`: one run, from files to files."""
+"""`paint`: one run, from files to files; `info`: the record that it leaves in them."""
 
 from __future__ import annotations
 
 import gc
 import hashlib
 import json
+import sys
 import time
 from argparse import Namespace
-from contextlib import closing
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from minpaint import __version__
-from minpaint.checkpoint.hub import fingerprint, sha256
-from minpaint.cli.options import STREAM, source
-from minpaint.cli.terminal import Note, Progress
+from minpaint.checkpoint.hub import fingerprint
+from minpaint.cli.options import STREAM, Note, Source, source
 from minpaint.engine.budget import format_size
 from minpaint.engine.device import dtype_name
 from minpaint.painter import Painter, Painting, open_painter
 from minpaint.picture.explain import explain
 from minpaint.picture.frame import Frame, open_frame
-from minpaint.picture.saving import check_target, save
+from minpaint.picture.saving import Record, check_target, read_record, save
 from minpaint.samplers import Step
 
 
-def run(options: Namespace, note: Note) -> None:
+def paint(options: Namespace, note: Note) -> None:
     """Paint, write the files, and say what was done."""
     settings = options.settings
     image, mask = source(options.image), None if options.mask is None else source(options.mask)
     frame = open_frame(image, mask, settings)
-    for target in options.targets:
-        if isinstance(target, Path):
-            check_target(target, frame.original.size)
+    for target in options.targets if options.output != STREAM else []:
+        check_target(target, frame.original.size)
     # up to here everything was cheap to check; now come the weights
     painter = open_painter(options.model or "tiny", options.device, options.dtype, options.budget, options.config)
     note(f"{painter.name} on {painter.device}, {dtype_name(painter.dtype)}")
     if options.explain_mask is not None:
-        _explain(painter, frame, options, note)
-
-    with closing(Progress(options.quiet)) as progress:
-
-        def on_step(step: Step) -> None:
-            progress(step)
-            if not gc.isenabled():  # see __main__
-                gc.freeze()
-                gc.enable()
-
-        paintings = painter.paint(frame, settings, on_step)
-    record = _record(options, painter, image, mask) if options.record or options.repeats else {}
-    if options.repeats:
-        _compare_records(options.repeats, record, note)
+        views = painter.views(frame, settings)
+        if len(views) > 1:
+            note(f"the picture is painted in {len(views)} parts; {options.explain_mask} explains the first")
+        save(explain(frame, views[0]), None, None, Path(options.explain_mask))
+        note(f"wrote {options.explain_mask}")
+    paintings = _paint(painter, frame, options)
+    record = _record(options, painter, image, mask, note) if options.record or options.repeats else {}
     outputs = _write(options, frame, paintings, record, note)
     last = painter.last_run
     assert last is not None
@@ -68,18 +60,34 @@ def run(options: Namespace, note: Note) -> None:
         print(json.dumps(report | {"seconds": round(seconds, 3), "outputs": outputs}))
 
 
-def _explain(painter: Painter, frame: Frame, options: Namespace, note: Note) -> None:
-    """Draw the stages of the mask into the file of --explain-mask."""
-    views = painter.views(frame, options.settings)
-    if len(views) > 1:
-        note(f"the picture is painted in {len(views)} parts; {options.explain_mask} explains the first")
-    save(explain(frame, views[0]), None, None, Path(options.explain_mask))
-    note(f"wrote {options.explain_mask}")
+def info(options: Namespace, note: Note) -> None:
+    """Print the record of a painting."""
+    record = read_record(source(options.file))
+    lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in record.items()]
+    print(json.dumps(record) if options.json else "\n".join(lines))
 
 
-def _write(
-    options: Namespace, frame: Frame, paintings: list[Painting], record: dict[str, Any], note: Note
-) -> list[dict[str, Any]]:
+def _paint(painter: Painter, frame: Frame, options: Namespace) -> list[Painting]:
+    """Paint behind a bar on stderr, if that is a terminal, with a tick for each network call."""
+    bar: tqdm[Any] = tqdm(disable=True)
+
+    def on_step(step: Step) -> None:
+        nonlocal bar
+        if step.i == 0:  # each part of the picture has a bar of its own
+            bar.close()
+            bar = tqdm(total=step.total, unit="step", disable=options.quiet or None, leave=False)
+        bar.update()
+        if not gc.isenabled():  # see __main__
+            gc.freeze()
+            gc.enable()
+
+    try:
+        return painter.paint(frame, options.settings, on_step)
+    finally:
+        bar.close()
+
+
+def _write(options: Namespace, frame: Frame, paintings: list[Painting], record: Record, note: Note) -> list[Record]:
     """Save the paintings, of which --best chooses one; returns what --json says of them."""
     chosen = list(zip(paintings, options.targets, strict=True))
     if options.best:
@@ -88,25 +96,24 @@ def _write(
     outputs = []
     for painting, target in chosen:
         kept = frame if options.profile == "minpaint" else None
-        receipt = save(painting.image, kept, record | {"seed": painting.seed} if options.record else None, target)
-        name = str(target) if isinstance(target, Path) else STREAM
-        note(f"wrote {name} (seed {painting.seed}, {painting.steps} network calls)")
+        told = record | {"seed": painting.seed} if options.record else None
+        receipt = save(painting.image, kept, told, sys.stdout.buffer if options.output == STREAM else target)
+        note(f"wrote {target} (seed {painting.seed}, {painting.steps} network calls)")
         note(f"seam error: {painting.seam:.2f} levels" + (f"; receipt: {receipt}" if receipt else ""))
         width, height = painting.image.size
-        output = {"path": name, "seed": painting.seed, "width": width, "height": height}
+        output = {"path": str(target), "seed": painting.seed, "width": width, "height": height}
         outputs.append(output | {"seam": round(painting.seam, 3), "receipt": asdict(receipt) if receipt else None})
     return outputs
 
 
-def _record(options: Namespace, painter: Painter, image: str | BytesIO, mask: str | BytesIO | None) -> dict[str, Any]:
-    """All that is needed to paint the pictures again, except for the seed of each."""
+def _record(options: Namespace, painter: Painter, image: Source, mask: Source | None, note: Note) -> Record:
+    """All that is needed to paint the pictures again, but for their seeds; says what differs from the run repeated."""
 
-    def digest(file: str | BytesIO | None) -> str | None:
-        if isinstance(file, BytesIO):
-            return hashlib.sha256(file.getvalue()).hexdigest()
-        return None if file is None else sha256(Path(file))
+    def digest(file: Source) -> str:
+        content = file.getvalue() if isinstance(file, BytesIO) else Path(file).read_bytes()
+        return hashlib.sha256(content).hexdigest()
 
-    return {
+    record = {
         "minpaint": __version__,
         "model": options.model or "tiny",
         "model_sha256": fingerprint(painter.files),
@@ -114,20 +121,18 @@ def _record(options: Namespace, painter: Painter, image: str | BytesIO, mask: st
         "image": options.image,
         "image_sha256": digest(image),
         "mask": options.mask,
-        "mask_sha256": digest(mask),
+        "mask_sha256": None if mask is None else digest(mask),
         "dtype": dtype_name(painter.dtype),
         "device": painter.device.type,
         "torch": torch.__version__,
         **asdict(options.settings),
         "count": 1,
     }
-
-
-def _compare_records(before: dict[str, Any], now: dict[str, Any], note: Note) -> None:
-    """Say what differs from the run that is repeated."""
+    before = options.repeats or record
     for name in ("model", "image", "mask"):
         key = f"{name}_sha256"
-        if before.get(name) == now[name] and before.get(key) != now[key]:
-            note(f"note: {name} {now[name]} is not what it was when the picture was painted first")
-    if before.get("minpaint") != now["minpaint"]:
-        note(f"note: painted first by version {before.get('minpaint')}, now by {now['minpaint']}")
+        if before.get(name) == record[name] and before.get(key) != record[key]:
+            note(f"note: {name} {record[name]} is not what it was when the picture was painted first")
+    if before.get("minpaint") != __version__:
+        note(f"note: painted first by version {before.get('minpaint')}, now by {__version__}")
+    return record

@@ -7,7 +7,7 @@ import re
 from argparse import Namespace
 
 from minpaint.checkpoint.load import outline
-from minpaint.cli.terminal import Note
+from minpaint.cli.options import Note
 from minpaint.engine.budget import choose_budget, format_size, used_memory
 from minpaint.engine.calls import Request
 from minpaint.engine.device import choose_device, choose_dtype, dtype_name
@@ -17,7 +17,7 @@ from minpaint.picture.view import WHOLE
 from minpaint.settings import Settings
 
 
-def run(options: Namespace, note: Note) -> None:
+def plan(options: Namespace, note: Note) -> None:
     """Print the plan, the smallest budget for this picture and the largest picture in this budget."""
     size = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", options.size)
     if not size:
@@ -39,8 +39,7 @@ def run(options: Namespace, note: Note) -> None:
         print(json.dumps(report | {"smallest_budget": smallest, "largest_picture": largest}))
         return
     print(f"{options.model} at {width}x{height}, count {settings.count}, {dtype_name(dtype)} on {device}\n")
-    print(f"{plan.table()}\n")
-    print(f"predicted peak: {format_size(plan.peak)} of {format_size(budget)}")
+    print(f"{plan.table()}\n\npredicted peak: {format_size(plan.peak)} of {format_size(budget)}")
     print(f"smallest budget for this: {round_up(smallest)}")
     if largest is not None:
         print(f"largest picture of this shape in {format_size(budget)}: {largest[0]}x{largest[1]}")
