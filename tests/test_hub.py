@@ -383,7 +383,7 @@ def test_a_token_goes_to_the_hub_and_nowhere_else(tiny_hub: TinyHub, user: User)
         (f"{NAME}@v2", "/nothing", 404, "", f"{NAME}@v2: the hub has no such revision"),
         (f"{NAME}@{SECOND}", "/nothing", 404, "", f"{NAME}@{SECOND}: the hub has no such revision"),
         (NAME, "/api", 500, "", f"{NAME}: not complete in the cache, and the hub cannot be reached"),
-        (NAME, f"/{NAME}/resolve/{FIRST}/vae", 404, "EntryNotFound", "vae/config.json cannot be fetched"),
+        (NAME, f"/{NAME}/resolve/{FIRST}/vae", 404, "EntryNotFound", f"{NAME}: vae/config.json"),
     ],
     ids=["gated", "gated files", "404", "401", "no name", "revision", "commit", "broken hub", "no such file"],
 )
@@ -411,7 +411,7 @@ def test_a_download_that_breaks_off_leaves_nothing_that_is_used(tiny_hub: TinyHu
     code, said = user.run(_command, _arguments(NAME, tmp_path / "run"))
     assert code == 2
     assert "Traceback" not in said
-    assert f"minpaint: error: {NAME}: {PLAIN[1]} cannot be fetched" in said.splitlines()[-1]
+    assert re.search(rf"minpaint: error: {NAME}: .*{PLAIN[1]}.* cannot be fetched", said.splitlines()[-1])
     for revision in (None, FIRST):
         with pytest.raises(CheckpointError, match="not complete in the cache"):
             user.fetch(NAME, revision, HF_HUB_OFFLINE="1")
@@ -420,7 +420,9 @@ def test_a_download_that_breaks_off_leaves_nothing_that_is_used(tiny_hub: TinyHu
     tiny_hub.requests.clear()
     folder = user.run(hub.fetch, NAME, None, False)
     assert _read(folder) == FAKE_PLAIN
-    assert set(tiny_hub.fetched()) == {PLAIN[1], PLAIN[2]}
+    again = set(tiny_hub.fetched())  # files are fetched several at a time, and PLAIN[2] may have come before
+    assert PLAIN[1] in again
+    assert again <= {PLAIN[1], PLAIN[2]}
 
 
 # ---- the catalogue and its checksums ----

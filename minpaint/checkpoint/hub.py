@@ -23,6 +23,14 @@ from minpaint.errors import CheckpointError
 COMPONENTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 PACKAGE = Path(__file__).parent.parent
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # SD 1.x and 2.x share its vocabulary
+REFUSALS = {  # what the hub means by an error of huggingface_hub, and the way out
+    "GatedRepoError": "access must be asked for on the hub, then log in with `hf auth login`",
+    "RevisionNotFoundError": "the hub has no such revision",
+    **dict.fromkeys(
+        ("RepositoryNotFoundError", "HFValidationError"),
+        "the hub has no such repository, or it is private; look for a mirror, or log in with `hf auth login`",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -72,10 +80,8 @@ def fetch(repository: str, revision: str | None, half: bool, known: Known | None
         CheckpointError: no such repository or revision, no Stable Diffusion in it, no network
             and nothing cached, or a file that differs from the published one.
     """
-    folder = None
-    if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-        folder = _cached(repository, revision, _recall(_note("files", repository, revision, half)))
-    folder = folder or _download(repository, revision, half)
+    needed = _recall(_note("files", repository, revision, half))  # of a commit; there is no note of a branch
+    folder = (needed and _cached(repository, revision, needed)) or _download(repository, revision, half)
     for name, digest in known.sha256.items() if known else ():
         if (folder / name).is_file():
             verify(folder / name, digest)
@@ -84,13 +90,13 @@ def fetch(repository: str, revision: str | None, half: bool, known: Known | None
 
 def fetch_configs(repository: str, revision: str | None) -> Path:
     """The folder in the cache with a repository's configurations; nothing else is fetched."""
-    return _get(repository, revision or "main", CONFIGS)
+    return _get(repository, revision, CONFIGS)
 
 
 def fetch_tokenizer() -> Path:
     """The folder with CLIP's vocabulary, from the cache or the hub."""
     try:
-        return _cached(CLIP_TOKENIZER, None, VOCABULARY) or _get(CLIP_TOKENIZER, "main", VOCABULARY)
+        return _cached(CLIP_TOKENIZER, None, VOCABULARY) or _get(CLIP_TOKENIZER, None, VOCABULARY)
     except CheckpointError as error:
         raise CheckpointError(f"{error}, or put {' and '.join(VOCABULARY)} beside the weights") from None
 
@@ -175,18 +181,18 @@ def _shards(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def _cached(repository: str, revision: str | None, names: Sequence[str]) -> Path | None:
-    """The folder in the hub's cache that holds these files of a repository; None if there is none."""
-    from huggingface_hub import try_to_load_from_cache
+    """The folder in the hub's cache that holds these files of a repository; None if one of them is not there."""
+    from huggingface_hub import snapshot_download
 
     try:
-        paths = [try_to_load_from_cache(repository, name, revision=revision) for name in names]
-    except ValueError:  # not even the name of a repository
+        found = snapshot_download(repository, revision=revision, allow_patterns=list(names), local_files_only=True)
+    except (OSError, ValueError):  # nothing of the repository is there, or this is not even the name of one
         return None
-    complete = [Path(path) for path in paths if isinstance(path, str)]
-    return complete[0].parents[names[0].count("/")] if names and len(complete) == len(names) else None
+    return Path(found) if all((Path(found) / name).is_file() for name in names) else None
 
 
 def _download(repository: str, revision: str | None, half: bool) -> Path:
+    """The folder with what a run needs of a repository, from the hub or, if that does not answer, from the cache."""
     from huggingface_hub import HfApi
 
     place = f"{repository}{f'@{revision}' if revision else ''}"
@@ -194,60 +200,39 @@ def _download(repository: str, revision: str | None, half: bool) -> Path:
         info = HfApi().model_info(repository, revision=revision)
     except Exception as error:  # a refusal, or one of the ways a network can fail
         if folder := _cached(repository, revision, CONFIGS):
-            needed, missing = _needed(file_names(folder), half)
-            if not missing and _cached(repository, revision, needed + _shards(folder, needed)):
+            names = file_names(folder)
+            needed, missing = _needed(names, half)
+            if not missing and names.issuperset(_shards(folder, needed)):
                 return folder
         trouble = (
             f"not complete in the cache, and the hub cannot be reached "
             f"({type(error).__name__}: {error}); go online once, or give a folder"
         )
-        raise CheckpointError(f"{place}: {_refusal(error) or trouble}") from None
+        raise CheckpointError(f"{place}: {REFUSALS.get(type(error).__name__, trouble)}") from None
     needed, missing = _needed({file.rfilename for file in info.siblings or []}, half)
     if missing:
         raise CheckpointError(
             f"{place}: no Stable Diffusion checkpoint in diffusers layout with safetensors weights, the only kind "
             f"that is opened (missing: {', '.join(missing)})"
         )
-    commit = info.sha or revision or "main"
-    folder = _get(repository, commit, needed)
+    folder = _get(repository, info.sha, needed)
     if shards := _shards(folder, needed):
-        _get(repository, commit, shards)
-    _get(repository, revision or "main", needed[:1])  # the cache then knows offline which commit a branch is
-    _remember(_note("files", repository, commit, half), needed + shards)
+        _get(repository, info.sha, shards)
+    _get(repository, revision, needed)  # all is there by now: the cache learns which commit a branch is
+    _remember(_note("files", repository, info.sha, half), needed + shards)
     return folder
 
 
-def _get(repository: str, revision: str, names: Sequence[str]) -> Path:
-    """Download files of a repository into the cache; the folder they are in.
+def _get(repository: str, revision: str | None, names: Sequence[str]) -> Path:
+    """Download files of a repository into the cache, where they are not there yet; the folder they are in."""
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
 
-    They are fetched one by one, so that an error names its file. A commit's file that is in the
-    cache already is not asked for again.
-    """
-    from huggingface_hub import hf_hub_download
-
-    for name in names:
-        try:
-            path = Path(hf_hub_download(repository, name, revision=revision))
-        except Exception as error:  # a refusal, or one of the ways a network can fail
-            trouble = f"{name} cannot be fetched ({type(error).__name__}: {error}); try again online"
-            raise CheckpointError(f"{repository}: {_refusal(error) or trouble}") from None
-    return path.parents[name.count("/")]
-
-
-def _refusal(error: Exception) -> str | None:
-    """What the hub means by an error, and the way out; None for other errors."""
-    # huggingface_hub.errors has them from 0.25 on only
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if isinstance(error, GatedRepoError):
-        return "access must be asked for on the hub, then log in with `hf auth login`"
-    if isinstance(error, RevisionNotFoundError):
-        return "the hub has no such revision"
-    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
-        return "the hub has no such repository, or it is private; look for a mirror, or log in with `hf auth login`"
-    return None
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(names)))
+    except Exception as error:  # a refusal, or one of the ways a network can fail
+        told = REFUSALS.get(type(error).__name__)
+        if told is None:
+            cached = [try_to_load_from_cache(repository, name, revision=revision) for name in names]
+            absent = [name for name, path in zip(names, cached, strict=True) if not isinstance(path, str)]
+            told = f"{', '.join(absent)} cannot be fetched ({type(error).__name__}: {error}); try again online"
+        raise CheckpointError(f"{repository}: {told}") from None
