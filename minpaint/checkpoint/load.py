@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +40,22 @@ FILE_ORDER = ("unet", "encoder", "decoder", "text_encoder")  # of the files, in 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")  # of files, not of hub ids like owner/sd-2.1
 TINY = "tiny"  # the checkpoint that comes with the program
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-# diffusers/models/autoencoders/autoencoder_kl.py: attention names before version 0.12
-OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-@dataclass(frozen=True)
-class Description:
-    """Everything about a checkpoint but its weights.
-
-    models: "unet", "vae" and "text_encoder" on the meta device. tokenizer: loads it when called.
-    """
-
-    architecture: Architecture
-    models: dict[str, Any]
-    scheduler_config: SchedulerConfig
-    tokenizer: Callable[[], Any]
+POSITIONS = "embeddings.position_ids"  # 0, 1, 2, ..., which CLIP's files store although they are computed
+# What names hold in some files, and hold here. diffusers before 0.12 named the VAE's attention differently
+# (models/autoencoders/autoencoder_kl.py); older transformers wrap CLIP's text model in one more module.
+OLD_NAMES = {
+    "unet": {},
+    "vae": {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."},
+    "text_encoder": {"text_model.": ""},
+}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The models of a checkpoint. From `build` they are on the meta device, from `load_checkpoint` complete."""
+    """The models of a checkpoint. From `load_checkpoint` they are complete, before that on the meta device.
+
+    tokenizer: from `describe` a function that loads the tokenizer, from `build` the tokenizer.
+    """
 
     architecture: Architecture
     scheduler_config: SchedulerConfig
@@ -96,8 +92,8 @@ def load_checkpoint(model: str | Path, config: str | Path | None = None) -> Chec
     return checkpoint
 
 
-def describe(model: str | Path, half: bool = False, config: str | Path | None = None) -> Description:
-    """Find a checkpoint, read its configurations and headers, and say where each tensor is stored.
+def describe(model: str | Path, half: bool = False, config: str | Path | None = None) -> Checkpoint:
+    """Find a checkpoint, read its configurations and headers, make blank models, and say where each tensor is stored.
 
     half: prefer a file in half precision where there are both. config: a folder in diffusers
     layout that describes a model in a single file.
@@ -137,14 +133,12 @@ def outline(model: str | Path, half: bool = False, config: str | Path | None = N
     return Architecture(str(model), configs.unet, configs.vae, configs.text, split_vae(directories))
 
 
-def build(description: Description, device: torch.device) -> Checkpoint:
-    """The checkpoint of a description, still without weights; what is computed instead of stored is on `device`."""
-    text_encoder = description.models["text_encoder"]
-    for name, buffer in list(text_encoder.named_buffers()):
-        if _is_positions(name):
-            assign(text_encoder, name, torch.arange(buffer.shape[-1], device=device)[None])
-    tokenizer = description.tokenizer()
-    return Checkpoint(description.architecture, description.scheduler_config, **description.models, tokenizer=tokenizer)
+def build(description: Checkpoint, device: torch.device) -> Checkpoint:
+    """The checkpoint with its tokenizer, still without weights; what is computed instead of stored is on `device`."""
+    for name, buffer in list(description.text_encoder.named_buffers()):
+        if name.endswith(POSITIONS):
+            assign(description.text_encoder, name, torch.arange(buffer.shape[-1], device=device)[None])
+    return replace(description, tokenizer=description.tokenizer())
 
 
 def _place_in_hub(model: str) -> tuple[str, str | None, hub.Known | None] | None:
@@ -167,28 +161,33 @@ def _expand(path: str | Path) -> Path:
     return expanded
 
 
-def _describe_folder(folder: Path, name: str, half: bool) -> Description:
+def _describe_folder(folder: Path, name: str, half: bool) -> Checkpoint:
     configs, names = read_configs(folder), hub.file_names(folder)
     parts = {component: _open_component(folder, component, names, half) for component in hub.COMPONENTS}
     return _match(name, configs, parts, lambda: load_tokenizer(folder / "tokenizer"))
 
 
-def _describe_file(path: Path, name: str, config: str | Path | None) -> Description:
+def _describe_file(path: Path, name: str, config: str | Path | None) -> Checkpoint:
     folder = None if config is None else _expand(config)
     if folder and not folder.is_dir():
         raise InputError(f"config {folder}: no such folder")
     configs, parts, open_clip = open_single_file(path, read_configs(folder) if folder else None)
 
-    def tokenizer() -> Any:
-        places = [path.parent / "tokenizer", path.parent]
-        for place in [folder / "tokenizer", *places] if folder else places:
-            if (place / "vocab.json").is_file() or (place / "tokenizer.json").is_file():
-                break
-        else:
-            place = hub.fetch_tokenizer()
-        return load_tokenizer(place, "!" if open_clip else None)  # OpenCLIP pads with zeros, and 0 is "!"
+    places = [folder / "tokenizer"] if folder else []
+    places += [path.parent / "tokenizer", path.parent]
 
-    return _match(name, configs, parts, tokenizer)
+    def tokenizer() -> Any:
+        found = [place for place in places if (place / "vocab.json").is_file() or (place / "tokenizer.json").is_file()]
+        # OpenCLIP pads with zeros, and 0 is "!"
+        return load_tokenizer(found[0] if found else hub.fetch_tokenizer(), "!" if open_clip else None)
+
+    try:
+        return _match(name, configs, parts, tokenizer)
+    except CheckpointError as error:
+        if folder:
+            raise
+        told = f"{error}; a model that is not built like Stable Diffusion 1 or 2 needs --config"
+        raise CheckpointError(told) from None
 
 
 def _open_component(folder: Path, component: str, names: set[str], half: bool) -> Directory:
@@ -203,8 +202,8 @@ def _open_component(folder: Path, component: str, names: set[str], half: bool) -
     return read_shards(path) if path.suffix == ".json" else read_directory(path)
 
 
-def _match(name: str, configs: Configs, parts: Mapping[str, Directory], tokenizer: Callable[[], Any]) -> Description:
-    """The description, if the stored tensors are exactly those of the models; CheckpointError says what differs."""
+def _match(name: str, configs: Configs, parts: Mapping[str, Directory], tokenizer: Callable[[], Any]) -> Checkpoint:
+    """The blank checkpoint, if exactly the tensors of its models are stored; CheckpointError says what differs."""
     models = blank_models(configs.unet, configs.vae, configs.text)
     if configs.unet.context_dim != configs.text.hidden_size:
         raise CheckpointError(
@@ -213,7 +212,7 @@ def _match(name: str, configs: Configs, parts: Mapping[str, Directory], tokenize
         )
     matched = {component: _match_component(component, parts[component], model) for component, model in models.items()}
     architecture = Architecture(name, configs.unet, configs.vae, configs.text, split_vae(matched))
-    return Description(architecture, models, configs.scheduler, tokenizer)
+    return Checkpoint(architecture, configs.scheduler, **models, tokenizer=tokenizer)
 
 
 def _match_component(component: str, directory: Directory, model: nn.Module) -> dict[str, Stored]:
@@ -223,9 +222,9 @@ def _match_component(component: str, directory: Directory, model: nn.Module) -> 
         name = _common_name(component, key)
         if name in stored:
             raise CheckpointError(f"{component} ({entry.file.name}): {name} is stored under two names")
-        if not _is_positions(key):
+        if not name.endswith(POSITIONS):
             stored[name] = entry
-    wanted = {_common_name(component, key): key for key in model.state_dict() if not _is_positions(key)}
+    wanted = {_common_name(component, key): key for key in model.state_dict() if not key.endswith(POSITIONS)}
     shapes = {name: tuple(model.state_dict()[key].shape) for name, key in wanted.items()}
     there = [name for name in wanted if name in stored]
     faults = {
@@ -244,20 +243,8 @@ def _match_component(component: str, directory: Directory, model: nn.Module) -> 
     return {key: stored[name] for name, key in wanted.items()}
 
 
-def _is_positions(key: str) -> bool:
-    """The positions 0, 1, 2, ..., which CLIP's files store although they are computed."""
-    return key.endswith("embeddings.position_ids")
-
-
 def _common_name(component: str, key: str) -> str:
-    """One name for a tensor that versions of the reference name differently.
-
-    Older transformers, and the official files, wrap CLIP's text model in one more module; older
-    diffusers name the VAE's attention differently.
-    """
-    if component == "text_encoder":
-        return key.removeprefix("text_model.")
-    old = re.fullmatch(r"(.*mid_block\.attentions\.0\.)(\w+)(\.\w+)", key)
-    if component == "vae" and old and old[2] in OLD_VAE_ATTENTION:
-        return f"{old[1]}{OLD_VAE_ATTENTION[old[2]]}{old[3]}"
+    """One name for a tensor that versions of the reference name differently."""
+    for old, new in OLD_NAMES[component].items():
+        key = key.replace(old, new)
     return key

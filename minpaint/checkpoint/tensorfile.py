@@ -77,27 +77,25 @@ def read_directory(path: Path) -> dict[str, Stored]:
     LFS pointer, a pickle. The header is checked by the safetensors library: its length, and
     that the tensors fill the file without gaps or overlaps.
     """
-    _refuse_disguise(path)
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: not a .safetensors file, the only kind of weights that is opened")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as opened:
-            keys = list(opened.keys())
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: damaged or no safetensors file ({error}); fetch it again") from None
-    except (OSError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
-    directory = {}
-    for key in keys:
-        entry = header[key]
-        first, last = entry["data_offsets"]
-        directory[key] = Stored(path, key, tuple(entry["shape"]), entry["dtype"], 8 + length + first, last - first)
-    if not directory:
+    with _open(path) as file:
+        _refuse_disguise(path, file.read(64))
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path}: not a .safetensors file, the only kind of weights that is opened")
+        try:
+            with safe_open(path, framework="pt", device="cpu"):
+                file.seek(0)
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: damaged or no safetensors file ({error}); fetch it again") from None
+    header.pop("__metadata__", None)
+    if not header:
         raise CheckpointError(f"{path}: holds no tensors")
-    return directory
+    return {
+        key: Stored(path, key, tuple(entry["shape"]), entry["dtype"], 8 + length + start, end - start)
+        for key, entry in header.items()
+        for start, end in [entry["data_offsets"]]
+    }
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
@@ -218,18 +216,14 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     try:
         with path.open("rb", buffering=0) as file:
             yield file
-    except CheckpointError:
+    except CheckpointError:  # which is a ValueError too
         raise
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: cannot be read (no such file)") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
-def _refuse_disguise(path: Path) -> None:
-    """CheckpointError if the first bytes of a file show that it is something else."""
-    with _open(path) as file:
-        start = file.read(64)
+def _refuse_disguise(path: Path, start: bytes) -> None:
+    """CheckpointError if the first 64 bytes of a file show that it is something else."""
     if not start:
         raise CheckpointError(f"{path}: empty file; fetch it again")
     if start.startswith(b"version https://git-lfs"):
