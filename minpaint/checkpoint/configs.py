@@ -78,23 +78,18 @@ UNET_FIELDS = {
 # diffusers/models/unets/unet_2d_condition.py, __init__: the values that the official
 # configurations use, which for most keys is the default.
 UNET_FIXED: Json = {
-    "out_channels": 4,
     "flip_sin_to_cos": True,
-    "freq_shift": 0,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "only_cross_attention": False,
-    "downsample_padding": 1,
-    "mid_block_scale_factor": 1,
-    "dropout": 0.0,
     "act_fn": "silu",
     "norm_eps": 1e-5,
-    "transformer_layers_per_block": 1,
-    "resnet_time_scale_shift": "default",
-    "resnet_out_scale_factor": 1.0,
     "time_embedding_type": "positional",
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "attention_type": "default",
+    "only_cross_attention": False,
+    **dict.fromkeys(("freq_shift", "dropout"), 0),
+    **dict.fromkeys(("downsample_padding", "mid_block_scale_factor", "resnet_out_scale_factor"), 1),
+    "transformer_layers_per_block": 1,
+    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), 3),
+    "out_channels": 4,
+    **dict.fromkeys(("resnet_time_scale_shift", "attention_type"), "default"),
     "addition_embed_type_num_heads": 64,  # of an embedding that is itself refused
     "upcast_attention": ANY,  # fused attention accumulates in float32 whether or not SD 2.1 asks for it
 }
@@ -109,15 +104,11 @@ VAE_FIELDS = {
 }
 # diffusers/models/autoencoders/autoencoder_kl.py, __init__
 VAE_FIXED: Json = {
-    "in_channels": 3,
-    "out_channels": 3,
+    **dict.fromkeys(("in_channels", "out_channels"), 3),
     "latent_channels": 4,
     "act_fn": "silu",
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-    "sample_size": ANY,  # which the training used
-    "force_upcast": ANY,  # a hint to pipelines of other models
+    **dict.fromkeys(("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), True),
+    **dict.fromkeys(("sample_size", "force_upcast"), ANY),  # of the training, and a hint to pipelines of other models
 }
 
 TEXT_FIELDS = {
@@ -130,8 +121,6 @@ TEXT_FIELDS = {
     "num_hidden_layers": _count("num_hidden_layers", 12),
     "vocab_size": _count("vocab_size", 49408),
     "use_attention_mask": _flag("use_attention_mask", False),
-}
-TEXT_KIND = {
     "classes": _types("architectures", ["CLIPTextModel"], "CLIPTextModel"),
     "model_type": _choice("model_type", "clip_text_model", "clip_text_model"),
 }
@@ -189,34 +178,24 @@ def read_configs(folder: Path) -> Configs:
 
 def unet_config(source: Json) -> UNetConfig:
     """UNetConfig from the reference's JSON; CheckpointError names a key that is not supported."""
-    values = _read(UNET, source, UNET_FIELDS)
-    channels, heads, groups = values["channels"], values["heads"], values["norm_groups"]
-    levels = len(channels)
+    values = _read_levels(UNET, source, UNET_FIELDS, UNET_FIXED)
+    channels, heads = values["channels"], values["heads"]
+    values["heads"] = heads = (heads,) * len(channels) if isinstance(heads, int) else heads
     for field in ("down_attention", "up_attention"):
-        _check(len(values[field]) == levels, UNET, UNET_FIELDS[field][0], values[field], f"must have {levels} levels")
         values[field] = tuple(name.startswith("CrossAttn") for name in values[field])
-    values["heads"] = heads = (heads,) * levels if isinstance(heads, int) else heads
-    _check(len(heads) == levels, UNET, "attention_head_dim", heads, f"must have {levels} levels")
-    for level, (width, number) in enumerate(zip(channels, heads, strict=True)):
-        attends = values["down_attention"][level] or values["up_attention"][-1 - level] or level == levels - 1
-        fits = not attends or width % number == 0
+    in_the_middle = [False] * (len(channels) - 1) + [True]  # has the width of the last level, and always attends
+    attends = zip(values["down_attention"], values["up_attention"][::-1], in_the_middle, strict=True)
+    for width, number, places in zip(channels, heads, attends, strict=True):
+        fits = not any(places) or width % number == 0
         _check(fits, UNET, "attention_head_dim", number, f"must divide {width} channels")
-        _check(width % groups == 0, UNET, "norm_num_groups", groups, f"must divide {width} channels")
     _check(channels[0] % 2 == 0, UNET, "block_out_channels", channels, "the first must be even")
-    _check_fixed(UNET, source, UNET_FIXED, UNET_FIELDS)
     return UNetConfig(**values)
 
 
 def vae_config(source: Json) -> VAEConfig:
     """VAEConfig from the reference's JSON; CheckpointError names a key that is not supported."""
-    values = _read(VAE, source, VAE_FIELDS)
-    channels, groups = values["channels"], values["norm_groups"]
-    for way in ("down", "up"):
-        types = values.pop(way)
-        _check(len(types) == len(channels), VAE, VAE_FIELDS[way][0], types, f"must have {len(channels)} levels")
-    for width in channels:
-        _check(width % groups == 0, VAE, "norm_num_groups", groups, f"must divide {width} channels")
-    _check_fixed(VAE, source, VAE_FIXED, VAE_FIELDS)
+    values = _read_levels(VAE, source, VAE_FIELDS, VAE_FIXED)
+    del values["down"], values["up"]
     return VAEConfig(**values)
 
 
@@ -225,11 +204,11 @@ def text_config(source: Json) -> TextConfig:
 
     The other keys of the file concern training and other models (transformers/models/clip).
     """
-    _read(TEXT, source, TEXT_KIND)
-    config = TextConfig(**_read(TEXT, source, TEXT_FIELDS))
-    heads = config.num_attention_heads
-    _check(config.hidden_size % heads == 0, TEXT, "num_attention_heads", heads, "must divide hidden_size")
-    return config
+    values = _read(TEXT, source, TEXT_FIELDS, {}, others=True)
+    del values["classes"], values["model_type"]
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    _check(width % heads == 0, TEXT, "num_attention_heads", heads, "must divide hidden_size")
+    return TextConfig(**values)
 
 
 def scheduler_config(source: Json) -> SchedulerConfig:
@@ -237,16 +216,31 @@ def scheduler_config(source: Json) -> SchedulerConfig:
     class_name = source.get("_class_name")
     if not isinstance(class_name, str):
         raise CheckpointError(f"{SCHEDULER}: _class_name is missing")
-    config = SchedulerConfig(class_name=class_name, **_read(SCHEDULER, source, SCHEDULER_FIELDS))
     if class_name in SAMPLER_OF_CLASS:
-        _check_fixed(SCHEDULER, source, SCHEDULER_FIXED, SCHEDULER_FIELDS)
+        values = _read(SCHEDULER, source, SCHEDULER_FIELDS, SCHEDULER_FIXED)
     else:  # its other keys concern a sampler that is not here
-        _check_fixed(SCHEDULER, source, NOISE_FIXED, None)
-    return config
+        values = _read(SCHEDULER, source, SCHEDULER_FIELDS, NOISE_FIXED, others=True)
+    return SchedulerConfig(class_name=class_name, **values)
 
 
-def _read(file: str, source: Json, rows: Mapping[str, Row]) -> dict[str, Any]:
-    """The value of each field, lists as tuples; CheckpointError names a missing key or an unsupported value."""
+def _read_levels(file: str, source: Json, rows: Mapping[str, Row], fixed: Json) -> dict[str, Any]:
+    """What `_read` finds for a network of levels; CheckpointError too if lists disagree or norm groups do not fit."""
+    values = _read(file, source, rows, fixed)
+    levels, groups = len(values["channels"]), values["norm_groups"]
+    for field, (key, *_) in rows.items():
+        found = values[field]
+        _check(not isinstance(found, tuple) or len(found) == levels, file, key, found, f"must have {levels} levels")
+    for width in values["channels"]:
+        _check(width % groups == 0, file, "norm_num_groups", groups, f"must divide {width} channels")
+    return values
+
+
+def _read(file: str, source: Json, rows: Mapping[str, Row], fixed: Json, others: bool = False) -> dict[str, Any]:
+    """The value of each field, lists as tuples; CheckpointError names a missing key or an unsupported value.
+
+    fixed: the keys that can have one value only. others: whether keys beside these are allowed;
+    otherwise one is refused unless it is null or false, and so asks for nothing.
+    """
     values = {}
     for field, (key, default, check, wanted) in rows.items():
         value = default if source.get(key) is None else source[key]
@@ -254,25 +248,16 @@ def _read(file: str, source: Json, rows: Mapping[str, Row]) -> dict[str, Any]:
             raise CheckpointError(f"{file}: {key} is missing")
         _check(value is None or check(value), file, key, value, wanted)
         values[field] = tuple(value) if isinstance(value, list) else value
-    return values
-
-
-def _check_fixed(file: str, source: Json, fixed: Json, rows: Mapping[str, Row] | None) -> None:
-    """Refuse another value of a key that can have one value only.
-
-    rows: the keys that are read; if given, a key that is neither there nor fixed is refused too,
-    unless it asks for nothing.
-    """
-    known = None if rows is None else {key for key, *_ in rows.values()}
+    known = {key for key, *_ in rows.values()}
     for key, found in source.items():
         if key in fixed:
-            value = fixed[key]
             # null asks for the default, and a list of the value says it once a level
             entries = found if isinstance(found, list) and found else [found]
-            alike = value is ANY or all(entry is None or entry == value for entry in entries)
-            _check(alike, file, key, found, f"only {value!r}")
-        elif known is not None and key not in known and not key.startswith("_"):
+            alike = fixed[key] is ANY or all(entry is None or entry == fixed[key] for entry in entries)
+            _check(alike, file, key, found, f"only {fixed[key]!r}")
+        elif not others and key not in known and not key.startswith("_"):
             _check(found is None or found is False, file, key, found, "a setting this version does not know")
+    return values
 
 
 def _check(supported: bool, file: str, key: str, value: object, wanted: str) -> None:

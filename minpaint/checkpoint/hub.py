@@ -90,7 +90,8 @@ def fetch(repository: str, revision: str | None, half: bool, known: Known | None
 
 def fetch_configs(repository: str, revision: str | None) -> Path:
     """The folder in the cache with a repository's configurations; nothing else is fetched."""
-    return _get(repository, revision, CONFIGS)
+    pinned = re.fullmatch(r"[0-9a-f]{40}", revision or "")  # a commit, which never changes
+    return (pinned and _cached(repository, revision, CONFIGS)) or _get(repository, revision, CONFIGS)
 
 
 def fetch_tokenizer() -> Path:

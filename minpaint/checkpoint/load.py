@@ -172,7 +172,6 @@ def _describe_file(path: Path, name: str, config: str | Path | None) -> Checkpoi
     if folder and not folder.is_dir():
         raise InputError(f"config {folder}: no such folder")
     configs, parts, open_clip = open_single_file(path, read_configs(folder) if folder else None)
-
     places = [folder / "tokenizer"] if folder else []
     places += [path.parent / "tokenizer", path.parent]
 

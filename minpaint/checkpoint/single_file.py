@@ -54,10 +54,9 @@ NAMES = {
         r"\.mid\.attn_1\.norm\.": ".mid_block.attentions.0.group_norm.",
         r"\.mid\.attn_1\.([qkv])\.": r".mid_block.attentions.0.to_\1.",
         r"\.mid\.attn_1\.proj_out\.": ".mid_block.attentions.0.to_out.0.",
-        r"^encoder\.down\.(\d+)\.block\.": r"encoder.down_blocks.\1.resnets.",
-        r"^encoder\.down\.(\d+)\.downsample\.": r"encoder.down_blocks.\1.downsamplers.0.",
-        r"^decoder\.up\.(\d{1,3})\.block\.": r"decoder.up_blocks.\1.resnets.",
-        r"^decoder\.up\.(\d{1,3})\.upsample\.": r"decoder.up_blocks.\1.upsamplers.0.",
+        r"^(encoder|decoder)\.(down|up)\.(\d{1,3})\.": r"\1.\2_blocks.\3.",
+        r"\.block\.": ".resnets.",
+        r"\.(down|up)sample\.": r".\1samplers.0.",
     },
     CLIP: {r"^text_model\.": ""},  # the rest is official already
     OPEN_CLIP: {
@@ -72,28 +71,7 @@ NAMES = {
         r"\.attn\.in_proj_(weight|bias)$": r".self_attn.qkv_proj.\1",  # which `_split` divides in three
     },
 }
-LEVELS, LAYERS = 4, 2  # of both networks in every official file
-# What the official configurations of both families say; `_family_configs` adds what they differ in.
-UNET_JSON = {
-    "layers_per_block": LAYERS,
-    "down_block_types": ["CrossAttnDownBlock2D"] * (LEVELS - 1) + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (LEVELS - 1),
-}
-VAE_JSON = {
-    "layers_per_block": LAYERS,
-    "down_block_types": ["DownEncoderBlock2D"] * LEVELS,
-    "up_block_types": ["UpDecoderBlock2D"] * LEVELS,
-}
-SCHEDULER_JSON = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-}
-
+LEVELS, LAYERS = 4, 2  # of the UNet and of the VAE, in every official file
 Parts = dict[str, dict[str, Stored]]  # "unet", "vae", "text_encoder": each tensor by its official name
 
 
@@ -198,15 +176,22 @@ def _family_configs(parts: Parts, open_clip: bool, path: Path) -> Configs:
             stacklevel=2,
         )
     return parse_configs(
-        UNET_JSON
-        | {
+        {
             "in_channels": in_channels,
             "block_out_channels": channels,
+            "layers_per_block": LAYERS,
+            "down_block_types": ["CrossAttnDownBlock2D"] * (LEVELS - 1) + ["DownBlock2D"],
+            "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (LEVELS - 1),
             "attention_head_dim": [max(c // 64, 1) for c in channels] if open_clip else 8,
             "cross_attention_dim": width,
             "use_linear_projection": open_clip,
         },
-        VAE_JSON | {"block_out_channels": widths},
+        {
+            "block_out_channels": widths,
+            "layers_per_block": LAYERS,
+            "down_block_types": ["DownEncoderBlock2D"] * LEVELS,
+            "up_block_types": ["UpDecoderBlock2D"] * LEVELS,
+        },
         {
             "hidden_act": "gelu" if open_clip else "quick_gelu",
             "hidden_size": width,
@@ -215,5 +200,12 @@ def _family_configs(parts: Parts, open_clip: bool, path: Path) -> Configs:
             "num_hidden_layers": layers,
             "vocab_size": tokens,
         },
-        SCHEDULER_JSON | {"_class_name": "PNDMScheduler" if open_clip or in_channels == 4 else "DDIMScheduler"},
+        {
+            "_class_name": "PNDMScheduler" if open_clip or in_channels == 4 else "DDIMScheduler",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+        },
     )
