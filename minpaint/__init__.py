@@ -42,7 +42,7 @@ def load(
         budget: memory to keep within, like "15GiB" (the default) or a number of bytes: on CUDA
             that of all tensors, on the CPU the whole process's.
         config: a folder in diffusers layout whose configurations and tokenizer describe a
-            single file; without it the file must be built like Stable Diffusion 1 or 2.
+            single file; without it the architecture is told from the tensors' shapes.
 
     All weights are loaded and checked here if the budget can hold them together; otherwise when
     they are needed.

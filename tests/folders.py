@@ -101,22 +101,26 @@ def as_single_file(folder: Path, family: str) -> Json:
     return {"model": path, "config": folder}
 
 
-def alone(channels: list[int], in_channels: int, linear: bool, text: int = 64) -> dict[str, Json]:
-    """Configurations of an official family in other sizes: what a single file tells without configurations."""
+def alone(channels: list[int], in_channels: int, linear: bool, layers: int = 2, text: int = 64) -> dict[str, Json]:
+    """Configurations in which all that shapes cannot tell is as in the official files."""
     like = FAMILIES["sd2" if linear else "sd15"]
+    deep = len(channels) - 1
     return {
         "unet": like["unet"]
         | {
             "attention_head_dim": [c // 64 for c in channels] if linear else 8,
             "block_out_channels": channels,
             "cross_attention_dim": text,
+            "down_block_types": ["CrossAttnDownBlock2D"] * deep + ["DownBlock2D"],
             "in_channels": in_channels,
+            "layers_per_block": layers,
+            "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * deep,
         },
-        "vae": like["vae"] | {"block_out_channels": [32, 32, 64, 64]},
+        "vae": like["vae"] | {"block_out_channels": [32, 32, 64, 64], "layers_per_block": 1},
         "text_encoder": like["text_encoder"]
         | {
             "hidden_size": text,
-            "intermediate_size": 4 * text,
+            "intermediate_size": 96,
             "num_attention_heads": text // 64,
             "num_hidden_layers": 2,
             "vocab_size": 514,

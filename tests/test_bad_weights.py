@@ -364,7 +364,7 @@ def single(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A single file to be broken, its tokenizer beside it, and `configs` without weights."""
     made = tmp_path_factory.getbasetemp() / "single"
     if not made.exists():
-        write_checkpoint(made / "configs", alone([32, 32, 64, 64], 9, linear=False))
+        write_checkpoint(made / "configs", alone([32, 64], 9, linear=False, layers=1))
         write_single_file(made / "configs", made / "model.safetensors", open_clip=False)
         for file in FILES.values():
             (made / "configs" / file).unlink()

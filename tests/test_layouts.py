@@ -54,7 +54,7 @@ from minpaint.checkpoint import hub
 from minpaint.checkpoint.configs import scheduler_config, text_config, unet_config, vae_config
 from minpaint.checkpoint.load import describe
 from minpaint.checkpoint.tensorfile import read_directory, read_tensors
-from minpaint.errors import CheckpointError, MinpaintWarning
+from minpaint.errors import MinpaintWarning
 from minpaint.painter import Painter
 from weights.random_checkpoint import END, FAMILIES, write_checkpoint, write_tokenizer
 
@@ -261,10 +261,10 @@ def test_every_parameter_arrives_bitwise_and_nothing_stays_on_the_meta_device(
 
 
 ALONE = {
-    "sd1": alone([32, 32, 64, 64], 9, linear=False),
-    "sd1-4ch": alone([32, 64, 64, 64], 4, linear=False),
-    "sd2": alone([64, 64, 128, 128], 9, linear=True),
-    "sd2-4ch": alone([64, 64, 64, 64], 4, linear=True),
+    "sd1": alone([32, 64], 9, linear=False),
+    "sd1-4ch": alone([32, 64], 4, linear=False, layers=1),
+    "sd2": alone([64, 128], 9, linear=True, layers=1),
+    "sd2-4ch": alone([64, 64], 4, linear=True, layers=1),
 }
 
 
@@ -286,17 +286,18 @@ def test_a_single_file_alone_paints_as_its_folder(
     assert torch.equal(latents(alone, picture, mask), latents(load(folder), picture, mask))
 
 
-SIZES = {
+SHAPES = {
     "official sd15": FAMILIES["sd15"],
     "official sd2": FAMILIES["sd2"],
-    "small sd1, 4 channels": alone([32, 64, 96, 128], 4, linear=False, text=128),
-    "small sd2": alone([64, 64, 128, 192], 9, linear=True),
+    "one level": alone([64], 9, linear=False),
+    "three levels, one layer": alone([64, 64, 128], 9, linear=True, layers=1),
+    "five levels, three layers": alone([32, 64, 64, 96, 128], 4, linear=False, layers=3, text=128),
 }
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-def test_the_sizes_of_a_family_are_told_from_shapes(sizes: str, tmp_path: Path) -> None:
-    configs = SIZES[sizes]
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_the_architecture_is_told_from_shapes(shapes: str, tmp_path: Path) -> None:
+    configs = SHAPES[shapes]
     told = describe(hollow_single_file(configs, tmp_path))
     assert told.architecture.unet == unet_config(configs["unet"])
     assert told.architecture.vae == vae_config(configs["vae"])
@@ -304,39 +305,12 @@ def test_the_sizes_of_a_family_are_told_from_shapes(sizes: str, tmp_path: Path) 
     assert told.architecture.text == text_config(configs["text_encoder"])
 
 
-def _unlike_the_families(levels: int, layers: int, first_attends: bool = True) -> dict[str, Json]:
-    configs = alone([64] * levels, 9, linear=False)
-    attends = [first_attends] + [True] * (levels - 2) + [levels == 1]
-    configs["unet"] |= {
-        "layers_per_block": layers,
-        "down_block_types": ["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends[:levels]],
-        "up_block_types": ["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in attends[:levels]],
-    }
-    configs["vae"] |= {"block_out_channels": [32, 64, 64], "layers_per_block": 1}
-    configs["vae"] |= {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
-    return configs
-
-
-UNLIKE = {
-    "one level": _unlike_the_families(1, 2),
-    "three levels, one layer": _unlike_the_families(3, 1),
-    "five levels, three layers": _unlike_the_families(5, 3),
-    "attention at other levels": _unlike_the_families(4, 2, first_attends=False),
-}
-
-
-@pytest.mark.parametrize("shapes", UNLIKE)
-def test_another_architecture_needs_its_configuration(shapes: str, tmp_path: Path) -> None:
-    configs = UNLIKE[shapes]
-    path = hollow_single_file(configs, tmp_path / "single")
-    with pytest.raises(CheckpointError, match="needs --config"):
-        describe(path)
-    for component, file in CONFIG_FILES.items():
-        (tmp_path / component).mkdir()
-        (tmp_path / component / file).write_text(json.dumps(configs[component]))
-    told = describe(path, config=tmp_path)
+def test_attention_at_other_levels_is_told_from_shapes(tmp_path: Path) -> None:
+    configs = alone([64, 64, 64], 9, linear=False)
+    configs["unet"]["down_block_types"] = ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
+    configs["unet"]["up_block_types"] = ["CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"]
+    told = describe(hollow_single_file(configs, tmp_path))
     assert told.architecture.unet == unet_config(configs["unet"])
-    assert told.architecture.vae == vae_config(configs["vae"])
 
 
 def test_what_the_configuration_folder_says_goes_over_what_shapes_tell(copy: Folders) -> None:

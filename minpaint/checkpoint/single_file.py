@@ -1,7 +1,7 @@
 """Checkpoints in one file, in latent diffusion's own names (CompVis, runwayml, Stability AI).
 
 A file's tensors are sorted into the three models and given their official names. Without
-configuration files it must be of one of the two official families, Stable Diffusion 1 and 2.
+configuration files the architecture is told from the shapes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import replace
+from itertools import count, takewhile
 from pathlib import Path
 
 from minpaint.checkpoint.configs import Configs, parse_configs
@@ -54,9 +55,10 @@ NAMES = {
         r"\.mid\.attn_1\.norm\.": ".mid_block.attentions.0.group_norm.",
         r"\.mid\.attn_1\.([qkv])\.": r".mid_block.attentions.0.to_\1.",
         r"\.mid\.attn_1\.proj_out\.": ".mid_block.attentions.0.to_out.0.",
-        r"^(encoder|decoder)\.(down|up)\.(\d{1,3})\.": r"\1.\2_blocks.\3.",
-        r"\.block\.": ".resnets.",
-        r"\.(down|up)sample\.": r".\1samplers.0.",
+        r"^encoder\.down\.(\d+)\.block\.": r"encoder.down_blocks.\1.resnets.",
+        r"^encoder\.down\.(\d+)\.downsample\.": r"encoder.down_blocks.\1.downsamplers.0.",
+        r"^decoder\.up\.(\d{1,3})\.block\.": r"decoder.up_blocks.\1.resnets.",
+        r"^decoder\.up\.(\d{1,3})\.upsample\.": r"decoder.up_blocks.\1.upsamplers.0.",
     },
     CLIP: {r"^text_model\.": ""},  # the rest is official already
     OPEN_CLIP: {
@@ -71,15 +73,25 @@ NAMES = {
         r"\.attn\.in_proj_(weight|bias)$": r".self_attn.qkv_proj.\1",  # which `_split` divides in three
     },
 }
-LEVELS, LAYERS = 4, 2  # of the UNet and of the VAE, in every official file
+SCHEDULER = {  # of the official files
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+
+
 Parts = dict[str, dict[str, Stored]]  # "unet", "vae", "text_encoder": each tensor by its official name
 
 
 def open_single_file(path: Path, configs: Configs | None) -> tuple[Configs, Parts, bool]:
     """The configurations and tensors of a single file, and whether its text encoder is SD 2's OpenCLIP.
 
-    Without `configs` the file is taken for one of Stable Diffusion 1 or 2. CheckpointError if it
-    cannot be read, is no single file, or lacks the tensors that tell the sizes of these.
+    Configurations that are not given are told from the tensors' shapes. CheckpointError if the
+    file cannot be read, is no single file, or holds tensors of no part of the model.
     """
     directory = read_directory(path)
     if not any(key.startswith(UNET) for key in directory):
@@ -88,23 +100,25 @@ def open_single_file(path: Path, configs: Configs | None) -> tuple[Configs, Part
             f"for a part of one in diffusers layout give the folder"
         )
     open_clip = any(key.startswith(OPEN_CLIP) for key in directory)
-    layers, levels = (configs.unet.layers, len(configs.vae.channels)) if configs else (LAYERS, LEVELS)
-    parts = _split(directory, path, layers, levels)
+    parts = _split(directory, path)
     if configs is None:
-        configs = _family_configs(parts, open_clip, path)
+        configs = _tell_configs(parts, open_clip, path)
     if open_clip:  # SD 2 never runs the last layer, which most files hold nevertheless
         last = f"encoder.layers.{configs.text.num_hidden_layers}."
         parts["text_encoder"] = {k: stored for k, stored in parts["text_encoder"].items() if not k.startswith(last)}
     return configs, parts, open_clip
 
 
-def _split(directory: Directory, path: Path, layers: int, levels: int) -> Parts:
-    """Every tensor that is not ignored, under its official name.
-
-    layers: residual blocks of a level of the UNet on the way down. levels: of the VAE.
-    """
+def _split(directory: Directory, path: Path) -> Parts:
+    """Every tensor that is not ignored, under its official name."""
     parts: Parts = {"unet": {}, "vae": {}, "text_encoder": {}}
     strangers = []
+    keys = "\n".join(directory)
+    # The first block that reduces the size ends the first level; a UNet of one level has none.
+    reducing = map(int, re.findall(r"\.input_blocks\.(\d{1,3})\.0\.op\.", keys))
+    blocks = map(int, re.findall(r"\.input_blocks\.(\d{1,3})\.", keys))
+    layers = max(min(reducing, default=1 + max(blocks, default=0)) - 1, 0)
+    levels = 1 + max(map(int, re.findall(r"\.decoder\.up\.(\d{1,3})\.", keys)), default=0)
     for key, stored in directory.items():
         if IGNORED.fullmatch(key):
             continue
@@ -149,63 +163,69 @@ def _number_unet_block(name: str, layers: int) -> str:
     return f"{side}_blocks.{level}.{kind}{name[match.end() :]}"
 
 
-def _family_configs(parts: Parts, open_clip: bool, path: Path) -> Configs:
-    """The configurations of SD 2 if the text encoder is OpenCLIP, else of SD 1, in the sizes of the tensors.
+def _tell_configs(parts: Parts, open_clip: bool, path: Path) -> Configs:
+    """The configurations of a single file from its tensors' shapes.
 
-    Another architecture is found out when its tensors are compared with these. SD 2's 4-channel
-    models exist with both predictions; epsilon is assumed for them, with a warning.
+    What shapes cannot tell is taken from the official files of the family: 32 groups, heads
+    of 64 channels (SD 2) or 8 heads (SD 1), the scheduler. SD 2's 4-channel models exist with
+    both predictions; epsilon is assumed for them, with a warning.
     """
     unet, vae, text = parts["unet"], parts["vae"], parts["text_encoder"]
     try:
-        in_channels = unet["conv_in.weight"].shape[1]
-        channels = [unet[f"down_blocks.{level}.resnets.0.conv2.weight"].shape[0] for level in range(LEVELS)]
-        widths = [vae[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in range(LEVELS)]
+        linear = len(unet["mid_block.attentions.0.proj_in.weight"].shape) == 2
+        channels = [stored.shape[0] for stored in _numbered(unet, "down_blocks.{}.resnets.0.conv2.weight")]
+
+        def block_types(side: str) -> list[str]:
+            attentions = [f"{side.lower()}_blocks.{n}.attentions.0.norm.weight" for n in range(len(channels))]
+            return [f"CrossAttn{side}Block2D" if name in unet else f"{side}Block2D" for name in attentions]
+
+        unet_json = {
+            "in_channels": unet["conv_in.weight"].shape[1],
+            "block_out_channels": channels,
+            "layers_per_block": len(_numbered(unet, "down_blocks.0.resnets.{}.conv2.weight")),
+            "down_block_types": block_types("Down"),
+            "up_block_types": block_types("Up"),
+            "attention_head_dim": [max(width // 64, 1) for width in channels] if linear else 8,
+            "cross_attention_dim": unet["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
+            "use_linear_projection": linear,
+        }
+        widths = [stored.shape[0] for stored in _numbered(vae, "encoder.down_blocks.{}.resnets.0.conv1.weight")]
+        vae_json = {
+            "block_out_channels": widths,
+            "layers_per_block": len(_numbered(vae, "encoder.down_blocks.0.resnets.{}.conv1.weight")),
+            "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+            "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        }
         tokens, width = text["embeddings.token_embedding.weight"].shape
+        layers = _numbered(text, "encoder.layers.{}.mlp.fc1.weight")
+        # OpenCLIP's ViT-H has 24 layers, of which SD 2 runs 23; diffusers'
+        # scripts/convert_diffusers_to_original_stable_diffusion.py leaves the last one out.
+        unused = 1 if open_clip and len(layers) != 23 else 0
+        text_json = {
+            "hidden_act": "gelu" if open_clip else "quick_gelu",
+            "hidden_size": width,
+            "intermediate_size": layers[0].shape[0],
+            "max_position_embeddings": text["embeddings.position_embedding.weight"].shape[0],
+            "num_attention_heads": max(width // 64, 1),
+            "num_hidden_layers": len(layers) - unused,
+            "vocab_size": tokens,
+        }
     except (KeyError, IndexError, ValueError):
-        raise CheckpointError(f"{path}: not built like Stable Diffusion 1 or 2; such a model needs --config") from None
-    layers = sum(bool(re.fullmatch(r"encoder\.layers\.\d+\.mlp\.fc1\.weight", name)) for name in text)
-    if open_clip and layers != 23:
-        # ViT-H has 24 layers, of which SD 2 runs 23; diffusers' scripts/
-        # convert_diffusers_to_original_stable_diffusion.py leaves the last one out.
-        layers -= 1
-    if open_clip and in_channels == 4:
+        raise CheckpointError(
+            f"{path}: the architecture cannot be told from its tensors; is it a Stable Diffusion 1 or 2 "
+            f"checkpoint? A folder of configuration files can be given with --config"
+        ) from None
+    kind = "PNDMScheduler" if open_clip or unet_json["in_channels"] == 4 else "DDIMScheduler"
+    if linear and unet_json["in_channels"] == 4:
         warnings.warn(
             f"{path.name}: nothing in the file tells epsilon from v-prediction; epsilon is assumed "
             f"(a 768-v model needs --config)",
             MinpaintWarning,
             stacklevel=2,
         )
-    return parse_configs(
-        {
-            "in_channels": in_channels,
-            "block_out_channels": channels,
-            "layers_per_block": LAYERS,
-            "down_block_types": ["CrossAttnDownBlock2D"] * (LEVELS - 1) + ["DownBlock2D"],
-            "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (LEVELS - 1),
-            "attention_head_dim": [max(c // 64, 1) for c in channels] if open_clip else 8,
-            "cross_attention_dim": width,
-            "use_linear_projection": open_clip,
-        },
-        {
-            "block_out_channels": widths,
-            "layers_per_block": LAYERS,
-            "down_block_types": ["DownEncoderBlock2D"] * LEVELS,
-            "up_block_types": ["UpDecoderBlock2D"] * LEVELS,
-        },
-        {
-            "hidden_act": "gelu" if open_clip else "quick_gelu",
-            "hidden_size": width,
-            "intermediate_size": 4 * width,
-            "num_attention_heads": max(width // 64, 1),
-            "num_hidden_layers": layers,
-            "vocab_size": tokens,
-        },
-        {
-            "_class_name": "PNDMScheduler" if open_clip or in_channels == 4 else "DDIMScheduler",
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-            "beta_schedule": "scaled_linear",
-            "clip_sample": False,
-            "set_alpha_to_one": False,
-        },
-    )
+    return parse_configs(unet_json, vae_json, text_json, SCHEDULER | {"_class_name": kind})
+
+
+def _numbered(part: Directory, name: str) -> list[Stored]:
+    """The tensors called `name` with the number 0, 1, ... in place of {}."""
+    return [part[key] for key in takewhile(part.__contains__, map(name.format, count()))]
