@@ -15,8 +15,9 @@ from conftest import make_mask, make_picture
 import minpaint
 from minpaint.checkpoint.tensorfile import empty_pages
 from minpaint.engine.budget import release_cached, used_memory
+from minpaint.engine.cuda import Buffer
 from minpaint.engine.measure import measure
-from minpaint.engine.residency import CopyStream, split_weights
+from minpaint.engine.residency import split_weights
 from minpaint.painter import open_frame, open_painter
 from minpaint.settings import Settings
 
@@ -73,30 +74,27 @@ def test_streamed_weights_are_the_files(checkpoint: Folders, part: str, dtype: s
     assert all(parameter.is_meta for parameter in mine.model.parameters())
 
 
-class SlowCopies(CopyStream):
-    """A GPU's copies as far as a CPU can show them: two buffers, of which a thread fills the second late."""
+class SlowBuffer(Buffer):
+    """A GPU's copies as far as a CPU can show them: two tensors, of which a thread fills the second late."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.stream = ThreadPoolExecutor(1)
-        self.copies = 0
+    copies = 0
+    copied: Future[None] | None = None
 
-    def buffers(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.on_host, self.on_device = torch.zeros(2, size, dtype=torch.uint8)
+        self.thread = ThreadPoolExecutor(1)
 
-    def record(self) -> None:
-        """On the CPU all work is done when the next begins."""
-
-    def copy(self, host: torch.Tensor, device: torch.Tensor, after: None) -> Future[None]:
+    def copy(self, after: None) -> None:
         def late() -> None:
             time.sleep(0.002)
-            device.copy_(host)
+            self.on_device.copy_(self.on_host)
             self.copies += 1
 
-        return self.stream.submit(late)
+        self.copied = self.thread.submit(late)
 
-    def wait(self, event: Future[None] | None) -> None:
-        if event is not None:
-            event.result()
+    def wait(self) -> None:
+        if self.copied is not None:
+            self.copied.result()
 
     synchronize = wait
 
@@ -105,7 +103,7 @@ def test_streamed_weights_wait_for_their_copies(checkpoint: Folders) -> None:
     resident = minpaint.load(checkpoint("small-sd2"), "cpu", "bf16")
     streamed = open_painter(checkpoint("small-sd2"), "cpu", "bf16", None, None)
     part = streamed.engine.weights["unet"]
-    part.copy_stream = SlowCopies
+    part.new_buffer = SlowBuffer
     part.load(split_weights(part.directory, part.dtype, streamed.engine.planner().order("unet"), 0))
     assert part.stream is not None
     x, context = (torch.randn(size).bfloat16() for size in ((2, 9, 8, 8), (2, 77, 64)))
@@ -113,7 +111,8 @@ def test_streamed_weights_wait_for_their_copies(checkpoint: Folders) -> None:
     expected = resident.unet(x, t, context)
     for _ in range(3):
         assert torch.equal(streamed.unet(x, t, context), expected)
-    assert part.stream.copies.copies >= 3 * len(part.stream.split.chunks)  # type: ignore[attr-defined]
+    copies = sum(buffer.copies for buffer in part.stream.buffers if isinstance(buffer, SlowBuffer))
+    assert copies >= 3 * len(part.stream.split.chunks)
     part.offload()
 
 

@@ -10,43 +10,40 @@ import torch
 from torch import Tensor, nn
 
 
-class CopyStream:
-    """Copies from the host to a GPU on a CUDA stream of their own, so that they run beside its computing.
+class Buffer:
+    """Bytes on the device, filled through pinned bytes on the host and a CUDA stream of the buffer's own.
 
-    On the CPU both buffers of a pair are one tensor, nothing is copied, and every event is None.
+    So a GPU copies while it computes. On the CPU both are one tensor: there is nothing to copy or to wait for.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.on_host = self.on_device = torch.empty(size, dtype=torch.uint8, device=device)
+        self.stream: Any = None
+        if device.type == "cuda":
+            self.on_host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def buffers(self, size: int) -> tuple[Tensor, Tensor]:
-        """A buffer of `size` bytes on the host (pinned, so that copies need not wait), and one on the device."""
-        device = torch.empty(size, dtype=torch.uint8, device=self.device)
-        return device if self.stream is None else torch.empty(size, dtype=torch.uint8, pin_memory=True), device
+    def copy(self, after: Any) -> None:
+        """Start the copy to the device, which waits for an event of `work_so_far`."""
+        if self.stream is not None:
+            with torch.cuda.stream(self.stream):
+                self.stream.wait_event(after)
+                self.on_device.copy_(self.on_host, non_blocking=True)
 
-    def record(self) -> Any:
-        """An event that happens when the device has done all the work it was given so far."""
-        return None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
+    def wait(self) -> None:
+        """Let the device's further work wait for the copy."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.on_device.device).wait_stream(self.stream)
 
-    def copy(self, host: Tensor, device: Tensor, after: Any) -> Any:
-        """Start a copy that waits for the event `after`; the event of its end."""
-        if self.stream is None:
-            return None
-        with torch.cuda.stream(self.stream):
-            self.stream.wait_event(after)
-            device.copy_(host, non_blocking=True)
-            return self.stream.record_event()
+    def synchronize(self) -> None:
+        """Let the calling thread wait for the copy."""
+        if self.stream is not None:
+            self.stream.synchronize()
 
-    def wait(self, event: Any) -> None:
-        """Let the device's further work wait for an event."""
-        if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
 
-    def synchronize(self, event: Any) -> None:
-        """Let the calling thread wait for an event."""
-        if event is not None:
-            event.synchronize()
+def work_so_far(device: torch.device) -> Any:
+    """An event that happens when a GPU has done all the work it was given so far; None on the CPU."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 class GraphReplay:

@@ -7,10 +7,10 @@ one is read and copied into the other of two buffers.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from minpaint.checkpoint import tensorfile
 from minpaint.checkpoint.tensorfile import Directory, Stored, assign
 from minpaint.engine.budget import release_cached
-from minpaint.engine.cuda import CopyStream
+from minpaint.engine.cuda import Buffer, work_so_far
 from minpaint.engine.device import outside_inference
 from minpaint.errors import CheckpointError
 
@@ -33,8 +33,8 @@ class NetworkWeights:
 
     model: the module whose parameters `directory` names. roots: the modules whose call means that
     the weights are used. dtype: the number format they are loaded in. on_call: is called with this
-    object when a root is called while the weights are offloaded, and has to load them. copy_stream:
-    how chunks reach the device. resident: the names of the resident weights, with their `_version`.
+    object when a root is called while the weights are offloaded, and has to load them. new_buffer:
+    makes the buffers of streamed weights. resident: the names of the resident weights, with their `_version`.
     """
 
     name: str
@@ -44,7 +44,7 @@ class NetworkWeights:
     device: torch.device
     dtype: torch.dtype
     on_call: Callable[[NetworkWeights], None]
-    copy_stream: type[CopyStream] = CopyStream
+    new_buffer: Callable[[int, torch.device], Buffer] = Buffer
     stream: ChunkStream | None = None
     resident: dict[str, tuple[int, int]] = field(default_factory=dict)
     hooks: list[RemovableHandle] = field(default_factory=list)
@@ -97,7 +97,7 @@ class NetworkWeights:
         if self.stream is not None:
             self.stream.close()
             self.stream = None
-        self.put_on_meta(self.resident)
+        self.put_on_meta(self.directory)
         self.resident, self.resident_dtype = {}, self.dtype
         release_cached(self.device)
         self._watch()
@@ -173,13 +173,10 @@ class ChunkStream:
 
     def __init__(self, weights: NetworkWeights, split: Split) -> None:
         self.weights, self.split = weights, split
-        self.copies = weights.copy_stream(weights.device)
-        self.buffers = [self.copies.buffers(split.buffer_size) for _ in range(2)]
-        self.copied: list[Any] = [None, None]  # events after which the host's buffers may be filled again
+        self.buffers = [weights.new_buffer(split.buffer_size, weights.device) for _ in range(2)]  # in use, and next
         self.thread = ThreadPoolExecutor(1)
-        self.used: int | None = None  # the chunk in use, whose weights are in the buffers at `side`
-        self.side = 0
-        self.fetched: tuple[int, Future[Any]] | None = None  # the chunk that was fetched as the next one
+        self.used: int | None = None  # the chunk in use
+        self.fetched: dict[int, Future[None]] = {}  # the chunk that is read as the next one
         self.checked: set[str] = set()
         layers = {name.rpartition(".")[0]: number for number, chunk in enumerate(split.chunks) for name in chunk}
         self.hooks = [
@@ -191,48 +188,43 @@ class ChunkStream:
         """Give the layers of a chunk their weights, and start to fetch the next chunk."""
         if number == self.used:
             return
-        fetched, self.fetched = self.fetched, None
-        copied = (fetched[1] if fetched and fetched[0] == number else self._fetch(number)).result()
-        self._stop_using()
-        self.copies.wait(copied)
-        self.used, self.side = number, 1 - self.side
-        for name, view in self._views(number, self.buffers[self.side][1]):
+        reading = self.fetched.get(number) or self._fetch(number)
+        self.fetched = {}
+        reading.result()
+        if self.used is not None:
+            self.weights.put_on_meta(self.split.chunks[self.used])
+        self.used = number
+        self.buffers.reverse()
+        self.buffers[0].wait()
+        for name, view in self._views(number, self.buffers[0].on_device):
             assign(self.weights.model, name, view)
         following = (number + 1) % len(self.split.chunks)
         if following != number:
-            self.fetched = following, self._fetch(following)
+            self.fetched = {following: self._fetch(following)}
 
     def close(self) -> None:
-        """Offload the weights and stop the thread."""
+        """Stop the thread, and wait for its copies: the buffers must not be freed under one."""
         for hook in self.hooks:
             hook.remove()
         self.thread.shutdown()
-        for event in self.copied:  # the buffers must not be freed under a copy
-            self.copies.synchronize(event)
-        self._stop_using()
+        for buffer in self.buffers:
+            buffer.synchronize()
 
-    def _fetch(self, number: int) -> Future[Any]:
-        """Read a chunk into the buffers that are not in use, once the device's work with them is done."""
-        return self.thread.submit(self._read, number, 1 - self.side, self.copies.record())
+    def _fetch(self, number: int) -> Future[None]:
+        """Read a chunk into the buffer that is not in use, once the device's work with it is done."""
+        return self.thread.submit(self._read, number, self.buffers[1], work_so_far(self.weights.device))
 
-    def _read(self, number: int, side: int, after: Any) -> Any:
-        """Fill the host's buffer, in the thread, and start its copy to the device; the event of the copy's end."""
-        host, device = self.buffers[side]
-        self.copies.synchronize(self.copied[side])
+    def _read(self, number: int, target: Buffer, after: Any) -> None:
+        """Fill a buffer on the host, in the thread, and start its copy to the device."""
+        target.synchronize()
         directory = self.weights.directory
         buffer = tensorfile.piece_buffer([directory[name] for name in self.split.chunks[number]], self.weights.dtype)
-        for name, view in self._views(number, host):
+        for name, view in self._views(number, target.on_host):
             tensorfile.read_into(directory[name], view, buffer)
             if name not in self.checked:
                 self.weights.check(name, view)
                 self.checked.add(name)
-        self.copied[side] = self.copies.copy(host, device, after)
-        return self.copied[side]
-
-    def _stop_using(self) -> None:
-        if self.used is not None:
-            self.weights.put_on_meta(self.split.chunks[self.used])
-            self.used = None
+        target.copy(after)
 
     def _views(self, number: int, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The weights of a chunk as they lie in a buffer."""
@@ -280,14 +272,12 @@ def split_weights(
         layers.setdefault(name.rpartition(".")[0], []).append(name)
     sizes = {layer: sum(tensor_size(directory[name], dtype) for name in names) for layer, names in layers.items()}
     streamable = [layer for layer in order if sizes.get(layer, 0) > smallest]
-    total, by_size = sum(sizes.values()), sorted(streamable, key=lambda layer: -sizes[layer])[::-1]
-    totals = [total]  # bytes by how many of the smallest layers are streamed
-    for streamed, largest in zip(itertools.accumulate(sizes[layer] for layer in by_size), by_size, strict=True):
-        totals.append(total - streamed + 2 * sizes[largest])
-    fitting = [count for count, size in enumerate(totals) if size <= room]
-    count = fitting[0] if fitting else totals.index(min(totals))
-    streamed_layers = set(by_size[:count])
-    buffer_size = sizes[by_size[count - 1]] if count else 0
+    by_size = sorted(streamable[::-1], key=lambda layer: sizes[layer])
+    largest = [0, *(sizes[layer] for layer in by_size)]  # by how many of the smallest are streamed
+    total = sum(sizes.values())
+    totals = [total - streamed + 2 * size for streamed, size in zip(accumulate(largest), largest, strict=True)]
+    count = next((count for count, size in enumerate(totals) if size <= room), totals.index(min(totals)))
+    buffer_size, streamed_layers = largest[count], set(by_size[:count])
     chunks: list[list[str]] = []
     filled = buffer_size
     for layer in streamable:
@@ -297,8 +287,7 @@ def split_weights(
                 filled = 0
             chunks[-1] += layers[layer]
             filled += sizes[layer]
-    resident = frozenset(name for name in directory if name.rpartition(".")[0] not in streamed_layers)
-    return Split(resident, tuple(map(tuple, chunks)), buffer_size, totals[count])
+    return Split(frozenset(directory).difference(*chunks), tuple(map(tuple, chunks)), buffer_size, totals[count])
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:
