@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from minpaint.engine.device import is_present, read_system_file
+from minpaint.engine.device import is_present
 from minpaint.errors import InputError, MinpaintWarning
 
 DEFAULT_BUDGET = "15GiB"  # a free Colab T4
@@ -81,10 +81,10 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    found = re.search(r"MemAvailable:\s+(\d+) kB", read_system_file("/proc/meminfo"))
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _system_file("/proc/meminfo"))
     free = int(found[1]) * 1024 if found else 2**60  # unknown: believe the user
     group = "/sys/fs/cgroup/memory"  # a container's limit
-    limit, used, details = (read_system_file(f"{group}.{name}") for name in ("max", "current", "stat"))
+    limit, used, details = (_system_file(f"{group}.{name}") for name in ("max", "current", "stat"))
     if limit.strip().isdigit() and used.strip().isdigit():
         files = re.search(r"^inactive_file (\d+)", details, re.MULTILINE)  # the system drops these when it must
         free = min(free, int(limit) - int(used) + (int(files[1]) if files else 0))
@@ -154,9 +154,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def _system_file(path: str) -> str:
+    """The text of a file such as /proc/meminfo; empty on a system that has no such file."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
 def _process_memory(figure: str) -> int:
     """VmRSS or VmHWM of this process in bytes; elsewhere than on Linux the largest resident set so far, or 0."""
-    if found := re.search(rf"{figure}:\s+(\d+) kB", read_system_file("/proc/self/status")):
+    if found := re.search(rf"{figure}:\s+(\d+) kB", _system_file("/proc/self/status")):
         return int(found[1]) * 1024
     try:
         import resource

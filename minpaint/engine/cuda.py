@@ -24,7 +24,7 @@ class Buffer:
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(self, after: Any) -> None:
-        """Start the copy to the device, which waits for an event of `work_so_far`."""
+        """Start the copy to the device, which waits for the CUDA event `after`."""
         if self.stream is not None:
             with torch.cuda.stream(self.stream):
                 self.stream.wait_event(after)
@@ -39,11 +39,6 @@ class Buffer:
         """Let the calling thread wait for the copy."""
         if self.stream is not None:
             self.stream.synchronize()
-
-
-def work_so_far(device: torch.device) -> Any:
-    """An event that happens when a GPU has done all the work it was given so far; None on the CPU."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 class GraphReplay:

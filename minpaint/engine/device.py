@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
 
 from minpaint.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Instructions that multiply in bfloat16, as torch.cpu.get_capabilities and Linux call them: x86's, and ARM's.
+# Instructions that multiply in bfloat16, as torch.cpu.get_capabilities names them: x86's, and ARM's.
 BFLOAT16_UNITS = {"amx_bf16", "avx512_bf16", "bf16"}
 
 # Decorators of a function, or of each turn of a generator function.
@@ -82,22 +81,10 @@ def has_bfloat16_kernels() -> bool:
     return supported is not None and bool(supported())
 
 
-def has_bfloat16_units(cpuinfo: str = "/proc/cpuinfo") -> bool:
+def has_bfloat16_units() -> bool:
     """Whether oneDNN can use instructions of the processor that multiply in bfloat16.
 
-    PyTorch knows the processor's features, or Linux where PyTorch is too old to. Where neither tells,
-    the answer is no: float32 is fast everywhere, while bfloat16 without units is slower than that.
+    Where PyTorch is too old to tell, the answer is no: bfloat16 without them is slower than float32.
     """
-    if hasattr(torch.cpu, "get_capabilities"):
-        features = {name for name, value in torch.cpu.get_capabilities().items() if value}
-    else:
-        features = set(read_system_file(cpuinfo).split())
-    return has_bfloat16_kernels() and not features.isdisjoint(BFLOAT16_UNITS)
-
-
-def read_system_file(path: str | Path) -> str:
-    """The text of a file such as /proc/meminfo; empty on a system that has no such file."""
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return has_bfloat16_kernels() and any(features.get(unit) for unit in BFLOAT16_UNITS)

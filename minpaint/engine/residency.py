@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from minpaint.checkpoint import tensorfile
 from minpaint.checkpoint.tensorfile import Directory, Stored, assign
 from minpaint.engine.budget import release_cached
-from minpaint.engine.cuda import Buffer, work_so_far
+from minpaint.engine.cuda import Buffer
 from minpaint.engine.device import outside_inference
 from minpaint.errors import CheckpointError
 
@@ -73,10 +73,9 @@ class NetworkWeights:
         """
         if self.changed:
             return
-        split = split if split and split.chunks else None
         wanted = {name: stored for name, stored in self.directory.items() if not split or name in split.resident}
-        streamed = self.stream.split.chunks if self.stream else None
-        if wanted.keys() != self.resident.keys() or streamed != (split and split.chunks):
+        chunks = split.chunks if split else ()
+        if wanted.keys() != self.resident.keys() or chunks != (self.stream.split.chunks if self.stream else ()):
             self.offload()
             try:
                 for name, tensor in self._read(wanted):
@@ -85,7 +84,7 @@ class NetworkWeights:
             except BaseException:
                 self.offload()
                 raise
-            self.stream = ChunkStream(self, split) if split else None
+            self.stream = ChunkStream(self, split) if split and chunks else None
         while self.hooks:
             self.hooks.pop().remove()
 
@@ -105,13 +104,12 @@ class NetworkWeights:
     @outside_inference
     def convert(self, dtype: torch.dtype) -> None:
         """Convert the resident weights, as they are now, to another number format."""
-        if dtype == self.resident_dtype or self.stream is not None:
-            return
-        changed, self.resident_dtype = self.changed, dtype
-        for root in self.roots:
-            root.to(dtype)
-        if not changed:
-            self.resident = {name: _version(self.model.get_parameter(name)) for name in self.resident}
+        if dtype != self.resident_dtype and self.stream is None:
+            changed, self.resident_dtype = self.changed, dtype
+            for root in self.roots:
+                root.to(dtype)
+            if not changed:
+                self.resident = {name: _version(self.model.get_parameter(name)) for name in self.resident}
 
     @outside_inference
     def put_on_meta(self, names: Iterable[str]) -> None:
@@ -138,15 +136,14 @@ class NetworkWeights:
     def _read(self, directory: Directory) -> Iterator[tuple[str, Tensor]]:
         """Weights on the CPU: as they lie in the mapped file, or converted into memory of their own."""
         on_gpu = self.device.type == "cuda"
-        mapped = {
-            name: stored
-            for name, stored in directory.items()
-            if tensorfile.FLOATS[stored.kind] == self.dtype and (stored.is_aligned or on_gpu)
-        }
+        mapped: dict[str, Stored] = {}
+        converted: dict[str, Stored] = {}
+        for name, stored in directory.items():
+            fits = tensorfile.FLOATS[stored.kind] == self.dtype and (stored.is_aligned or on_gpu)
+            (mapped if fits else converted)[name] = stored
         yield from tensorfile.read_tensors(mapped)
-        rest = {name: stored for name, stored in directory.items() if name not in mapped}
-        buffer = tensorfile.piece_buffer(rest.values(), self.dtype)
-        for name, stored in rest.items():
+        buffer = tensorfile.piece_buffer(converted.values(), self.dtype)
+        for name, stored in converted.items():
             tensor = (torch.empty if on_gpu else tensorfile.empty_pages)(stored.shape, dtype=self.dtype)
             tensorfile.read_into(stored, tensor, buffer)
             yield name, tensor
@@ -212,7 +209,9 @@ class ChunkStream:
 
     def _fetch(self, number: int) -> Future[None]:
         """Read a chunk into the buffer that is not in use, once the device's work with it is done."""
-        return self.thread.submit(self._read, number, self.buffers[1], work_so_far(self.weights.device))
+        device = self.weights.device
+        work_so_far = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        return self.thread.submit(self._read, number, self.buffers[1], work_so_far)
 
     def _read(self, number: int, target: Buffer, after: Any) -> None:
         """Fill a buffer on the host, in the thread, and start its copy to the device."""
@@ -272,7 +271,7 @@ def split_weights(
         layers.setdefault(name.rpartition(".")[0], []).append(name)
     sizes = {layer: sum(tensor_size(directory[name], dtype) for name in names) for layer, names in layers.items()}
     streamable = [layer for layer in order if sizes.get(layer, 0) > smallest]
-    by_size = sorted(streamable[::-1], key=lambda layer: sizes[layer])
+    by_size = sorted(streamable, key=lambda layer: -sizes[layer])[::-1]
     largest = [0, *(sizes[layer] for layer in by_size)]  # by how many of the smallest are streamed
     total = sum(sizes.values())
     totals = [total - streamed + 2 * size for streamed, size in zip(accumulate(largest), largest, strict=True)]
