@@ -26,12 +26,11 @@ HEAP: dict[bool | None, tuple[tuple[int, int], ...]] = {
 
 
 def parse_budget(budget: str | int | float | None) -> int:
-    """Bytes from "15GiB", "800 MB", "2.5g" or a number of bytes; None is the default.
+    """Bytes from "15GiB", "800 MB", "2.5g" or a number of bytes; GiB counts in 1024s, GB and G in 1000s.
 
-    GiB counts in 1024s, GB and G in 1000s. InputError for anything that is no positive size.
+    None is the default. InputError for anything that is no positive size.
     """
-    if budget is None:
-        budget = DEFAULT_BUDGET
+    budget = DEFAULT_BUDGET if budget is None else budget
     number, unit = r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)", r"(?:([kmgt])(ib|b)?|b)?"
     match = re.fullmatch(rf"{number}\s*{unit}", str(budget).strip().lower())
     if isinstance(budget, bool) or not match:
@@ -67,9 +66,8 @@ def choose_budget(budget: str | int | float | None, device: torch.device) -> int
 def used_memory(device: torch.device) -> int:
     """Bytes that count against a budget now.
 
-    On the CPU the resident set of the process, the interpreter and the libraries included; on CUDA
-    all tensors of the process. The CUDA context, some 0.3 to 0.6 GiB that the driver takes for
-    itself, cannot be counted and comes on top.
+    On the CPU the resident set of the process; on CUDA all its tensors. The CUDA context, some 0.3 to
+    0.6 GiB that the driver takes for itself, cannot be counted and comes on top.
     """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) if is_present(device) else 0
@@ -81,13 +79,12 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _system_file("/proc/meminfo"))
-    free = int(found[1]) * 1024 if found else 2**60  # unknown: believe the user
-    group = "/sys/fs/cgroup/memory"  # a container's limit
-    limit, used, details = (_system_file(f"{group}.{name}") for name in ("max", "current", "stat"))
-    if limit.strip().isdigit() and used.strip().isdigit():
-        files = re.search(r"^inactive_file (\d+)", details, re.MULTILINE)  # the system drops these when it must
-        free = min(free, int(limit) - int(used) + (int(files[1]) if files else 0))
+    free = _read_number("/proc/meminfo", "MemAvailable:", 1024)
+    free = 2**60 if free is None else free  # unknown: believe the user
+    limit, used = (_read_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))  # a container's
+    if limit is not None and used is not None:
+        droppable = _read_number("/sys/fs/cgroup/memory.stat", "inactive_file ")  # files, when the system must
+        free = min(free, limit - used + (droppable or 0))
     return max(free, 0)
 
 
@@ -110,25 +107,19 @@ def release_cached(device: torch.device) -> None:
     """Return memory to the system that is free but still held in reserve."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif sys.platform == "linux":
-        with suppress(AttributeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)
+    else:
+        _call_glibc("malloc_trim", 0)
 
 
 def tune_heap(device: torch.device, keep: bool | None) -> None:
     """Let the CPU's heap keep freed memory for the next tensors (True) or return it to the system at once (False).
 
-    glibc maps every large block anew and unmaps it when it is freed, and the system clears its
-    pages each time: a good part of a VAE pass. None is the state that glibc reaches by itself in a
-    process that frees large blocks: it keeps those up to 32 MiB, and how many of them lie around
-    unused differs from run to run. Elsewhere this does nothing.
+    glibc maps every large block anew, and the system clears its pages each time: a good part of a VAE
+    pass. None is the state that glibc reaches by itself in a process that frees large blocks: it keeps
+    those up to 32 MiB, and how many of them lie around unused differs from run to run.
     """
-    if device.type == "cuda" or sys.platform != "linux":
-        return
-    with suppress(AttributeError):  # not glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in HEAP[keep]:
-            mallopt(option, value)
+    for option, value in HEAP[keep] if device.type != "cuda" else ():
+        _call_glibc("mallopt", option, value)
 
 
 @contextmanager
@@ -154,18 +145,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _system_file(path: str) -> str:
-    """The text of a file such as /proc/meminfo; empty on a system that has no such file."""
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
+def _call_glibc(name: str, *arguments: int) -> None:
+    """Call a function of glibc's allocator; nothing where the C library is another, or (Windows) cannot be asked."""
+    with suppress(AttributeError, TypeError):
+        getattr(ctypes.CDLL(None), name)(*arguments)
+
+
+def _read_number(file: str, name: str = "", unit: int = 1) -> int | None:
+    """The number after a name at the start of a line of a Linux system file; None if there is none."""
+    with suppress(OSError):
+        if found := re.search(rf"^{name}\s*(\d+)", Path(file).read_text(), re.MULTILINE):
+            return int(found[1]) * unit
+    return None
 
 
 def _process_memory(figure: str) -> int:
     """VmRSS or VmHWM of this process in bytes; elsewhere than on Linux the largest resident set so far, or 0."""
-    if found := re.search(rf"{figure}:\s+(\d+) kB", _system_file("/proc/self/status")):
-        return int(found[1]) * 1024
+    if (found := _read_number("/proc/self/status", f"{figure}:", 1024)) is not None:
+        return found
     try:
         import resource
     except ImportError:  # Windows
