@@ -90,11 +90,7 @@ def exact_float32(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def attention_is_fused(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch's attention runs without holding all scores.
-
-    It does on the CPU and on every card with a memory-efficient kernel; before compute
-    capability 8.0 those have none for bfloat16.
-    """
+    """Whether PyTorch's attention runs without holding all scores; cards before 8.0 have no such bfloat16 kernel."""
     if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.is_available():
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return True

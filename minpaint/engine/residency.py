@@ -1,8 +1,6 @@
 """The weights of a network: resident on the device, offloaded to their files, or streamed from them in chunks.
 
-Offloaded weights are parameters on the meta device. When weights are streamed, the layers of a
-network are grouped into chunks in the order of their calls, and while one chunk computes, the next
-one is read and copied into the other of two buffers.
+Offloaded weights are parameters on the meta device.
 """
 
 from __future__ import annotations
@@ -31,10 +29,10 @@ ALIGNMENT = 512  # bytes; the CUDA allocator's, kept in the buffers too
 class NetworkWeights:
     """The weights of a network, or of one half of the VAE, and where they are.
 
-    model: the module whose parameters `directory` names. roots: the modules whose call means that
-    the weights are used. dtype: the number format they are loaded in. on_call: is called with this
-    object when a root is called while the weights are offloaded, and has to load them. new_buffer:
-    makes the buffers of streamed weights. resident: the names of the resident weights, with their `_version`.
+    model: the module whose parameters `directory` names. dtype: the number format they are loaded in.
+    on_call: is called with this object when one of the modules `roots` is called while the weights are
+    offloaded, and has to load them. new_buffer: makes the buffers of streamed weights. resident: the
+    names of the resident weights, with their `_versions`.
     """
 
     name: str
@@ -56,14 +54,14 @@ class NetworkWeights:
 
     @property
     def resident_size(self) -> int:
-        """Bytes that the weights take on the device now."""
+        """Bytes on the device now."""
         size = sum(tensor_size(self.directory[name], self.resident_dtype) for name in self.resident)
         return size + (2 * self.stream.split.buffer_size if self.stream else 0)
 
     @property
     def changed(self) -> bool:
         """Whether somebody has given resident weights other values than the file's."""
-        return any(_version(self.model.get_parameter(name)) != version for name, version in self.resident.items())
+        return self._versions(self.resident) != self.resident
 
     @outside_inference
     def load(self, split: Split | None = None) -> None:
@@ -79,8 +77,14 @@ class NetworkWeights:
             self.offload()
             try:
                 for name, tensor in self._read(wanted):
-                    assign(self.model, name, self._to_device(name, tensor))
-                    self.resident[name] = _version(self.model.get_parameter(name))
+                    tensor = tensor.to(self.device)
+                    self.check(name, tensor)
+                    # A GPU's convolutions in half precision want channels together. The VAE's stay as they are:
+                    # its group norms may copy such maps, and no plan counts these copies.
+                    if self.device.type == "cuda" and self.name == "unet" and tensor.dim() == 4:
+                        tensor = tensor.contiguous(memory_format=torch.channels_last)
+                    assign(self.model, name, tensor)
+                    self.resident |= self._versions([name])
             except BaseException:
                 self.offload()
                 raise
@@ -109,7 +113,7 @@ class NetworkWeights:
             for root in self.roots:
                 root.to(dtype)
             if not changed:
-                self.resident = {name: _version(self.model.get_parameter(name)) for name in self.resident}
+                self.resident = self._versions(self.resident)
 
     @outside_inference
     def put_on_meta(self, names: Iterable[str]) -> None:
@@ -128,6 +132,11 @@ class NetworkWeights:
             if bool(before.isfinite().all()):
                 fault = f"is beyond what {str(self.dtype).removeprefix('torch.')} can hold; choose another --dtype"
             raise CheckpointError(f"{self.name} ({stored.file.name}): {stored.key} {fault}")
+
+    def _versions(self, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+        """Values that differ once a parameter has been given other numbers, in place or not."""
+        parameters = {name: self.model.get_parameter(name) for name in names}
+        return {name: (parameter.data_ptr(), parameter._version) for name, parameter in parameters.items()}
 
     def _watch(self) -> None:
         if not self.hooks:
@@ -148,23 +157,11 @@ class NetworkWeights:
             tensorfile.read_into(stored, tensor, buffer)
             yield name, tensor
 
-    def _to_device(self, name: str, tensor: Tensor) -> Tensor:
-        """A weight on the device, checked and in the layout that is fastest there.
-
-        A GPU's convolutions in half precision want channels together. The VAE's stay as they are: its
-        group norms may copy such maps, and no plan counts these copies.
-        """
-        tensor = tensor.to(self.device)
-        self.check(name, tensor)
-        if self.device.type == "cuda" and self.name == "unet" and tensor.dim() == 4:
-            return tensor.contiguous(memory_format=torch.channels_last)
-        return tensor
-
 
 class ChunkStream:
-    """Streams the chunks of a network's weights through two pairs of buffers, in order and round again.
+    """Streams chunks of a network's weights, in the order of the layers' calls, through two buffers.
 
-    While the weights of one chunk are in use, a thread reads the next chunk into the other pair. The
+    While the weights of one chunk are in use, a thread reads the next chunk into the other buffer. The
     order is only a guess: a layer that is called out of turn finds its weights too, but waits for them.
     """
 
@@ -196,8 +193,7 @@ class ChunkStream:
         for name, view in self._views(number, self.buffers[0].on_device):
             assign(self.weights.model, name, view)
         following = (number + 1) % len(self.split.chunks)
-        if following != number:
-            self.fetched = {following: self._fetch(following)}
+        self.fetched = {following: self._fetch(following)}
 
     def close(self) -> None:
         """Stop the thread, and wait for its copies: the buffers must not be freed under one."""
@@ -287,8 +283,3 @@ def split_weights(
             chunks[-1] += layers[layer]
             filled += sizes[layer]
     return Split(frozenset(directory).difference(*chunks), tuple(map(tuple, chunks)), buffer_size, totals[count])
-
-
-def _version(tensor: Tensor) -> tuple[int, int]:
-    """A value that differs once a tensor has been given other numbers, in place or not."""
-    return tensor.data_ptr(), tensor._version
