@@ -50,14 +50,17 @@ def format_size(size: float) -> str:
 def choose_budget(budget: str | int | float | None, device: torch.device) -> int:
     """The budget in bytes, or what the device has if that is less; a warning says when a given budget is cut.
 
-    The default is added to what the process uses already, which nobody has called too much. For a
-    device that this machine lacks, any budget is taken as it is.
+    The default comes on top of what the process uses already. For a device that this machine lacks,
+    any budget is taken as it is.
     """
+    wanted = parse_budget(budget)
     if not is_present(device):
-        return parse_budget(budget)
+        return wanted
     used = used_memory(device)
-    wanted, available = parse_budget(budget) + (used if budget is None else 0), used + free_memory(device)
-    if wanted > available and budget is not None:
+    available = used + free_memory(device)
+    if budget is None:
+        wanted += used
+    elif wanted > available:
         cut = f"budget {format_size(wanted)} is more than {device} has free; keeping to {format_size(available)}"
         warnings.warn(cut, MinpaintWarning, stacklevel=3)
     return min(wanted, available)
@@ -139,10 +142,9 @@ def capped(device: torch.device, budget: int) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that an allocation was refused."""
-    refusals = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(refusal in str(error) for refusal in refusals)
-    )
+    if isinstance(error, RuntimeError) and re.search("DefaultCPUAllocator|CUBLAS_STATUS_ALLOC_FAILED", str(error)):
+        return True
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
 
 
 def _call_glibc(name: str, *arguments: int) -> None:

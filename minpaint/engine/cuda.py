@@ -16,12 +16,17 @@ class Buffer:
     So a GPU copies while it computes. On the CPU both are one tensor: there is nothing to copy or to wait for.
     """
 
+    stream: Any = None
+
     def __init__(self, size: int, device: torch.device) -> None:
         self.on_host = self.on_device = torch.empty(size, dtype=torch.uint8, device=device)
-        self.stream: Any = None
         if device.type == "cuda":
             self.on_host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def work_so_far(self) -> Any:
+        """A CUDA event that happens when the GPU has done all the work it was given so far; None on the CPU."""
+        return None if self.stream is None else torch.cuda.current_stream(self.on_device.device).record_event()
 
     def copy(self, after: Any) -> None:
         """Start the copy to the device, which waits for the CUDA event `after`."""

@@ -9,8 +9,6 @@ import torch
 from minpaint.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Instructions that multiply in bfloat16, as torch.cpu.get_capabilities names them: x86's, and ARM's.
-BFLOAT16_UNITS = {"amx_bf16", "avx512_bf16", "bf16"}
 
 # Decorators of a function, or of each turn of a generator function.
 without_gradients = torch.inference_mode()
@@ -27,14 +25,11 @@ def choose_device(name: str | torch.device, absent: bool = False) -> torch.devic
 
     InputError for any other name, and for a device that this machine lacks unless `absent` allows it.
     """
-    if isinstance(name, torch.device):
-        name = str(name)
+    name = str(name) if isinstance(name, torch.device) else name
     if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
         raise InputError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N")
     gpus = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
-    if name == "auto":
-        name = "cuda" if gpus else "cpu"
-    device = torch.device(name)
+    device = torch.device(name if name != "auto" else "cuda" if gpus else "cpu")
     if device.type == "cuda" and (device.index or 0) >= gpus and not absent:
         raise InputError(f"device {name}: PyTorch sees {gpus or 'no'} CUDA device(s); use --device cpu")
     return device
@@ -82,9 +77,9 @@ def has_bfloat16_kernels() -> bool:
 
 
 def has_bfloat16_units() -> bool:
-    """Whether oneDNN can use instructions of the processor that multiply in bfloat16.
+    """Whether oneDNN can use instructions of the processor that multiply in bfloat16: x86's two, or ARM's.
 
     Where PyTorch is too old to tell, the answer is no: bfloat16 without them is slower than float32.
     """
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return has_bfloat16_kernels() and any(features.get(unit) for unit in BFLOAT16_UNITS)
+    return has_bfloat16_kernels() and any(features.get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16"))

@@ -205,9 +205,7 @@ class ChunkStream:
 
     def _fetch(self, number: int) -> Future[None]:
         """Read a chunk into the buffer that is not in use, once the device's work with it is done."""
-        device = self.weights.device
-        work_so_far = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-        return self.thread.submit(self._read, number, self.buffers[1], work_so_far)
+        return self.thread.submit(self._read, number, self.buffers[1], self.buffers[1].work_so_far())
 
     def _read(self, number: int, target: Buffer, after: Any) -> None:
         """Fill a buffer on the host, in the thread, and start its copy to the device."""
@@ -242,16 +240,12 @@ def total_size(directory: Directory, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class Split:
-    """Which weights stay resident and which are streamed.
-
-    chunks: names of weights in the order of use; empty if all are resident. buffer_size: bytes of the
-    largest chunk, and of each of the two buffers. size: bytes of the buffers and the resident weights.
-    """
+    """Which weights stay resident and which are streamed."""
 
     resident: frozenset[str]
-    chunks: tuple[tuple[str, ...], ...]
-    buffer_size: int
-    size: int
+    chunks: tuple[tuple[str, ...], ...]  # names of weights in the order of use; empty if all are resident
+    buffer_size: int  # bytes of each of the two buffers: those of the largest chunk
+    size: int  # bytes of both buffers and the resident weights
 
 
 def split_weights(
@@ -270,16 +264,15 @@ def split_weights(
     by_size = sorted(streamable, key=lambda layer: -sizes[layer])[::-1]
     largest = [0, *(sizes[layer] for layer in by_size)]  # by how many of the smallest are streamed
     total = sum(sizes.values())
-    totals = [total - streamed + 2 * size for streamed, size in zip(accumulate(largest), largest, strict=True)]
+    totals = [total - gone + 2 * size for gone, size in zip(accumulate(largest), largest, strict=True)]
     count = next((count for count, size in enumerate(totals) if size <= room), totals.index(min(totals)))
-    buffer_size, streamed_layers = largest[count], set(by_size[:count])
+    buffer_size, streamed = largest[count], set(by_size[:count])
     chunks: list[list[str]] = []
     filled = buffer_size
-    for layer in streamable:
-        if layer in streamed_layers:
-            if filled + sizes[layer] > buffer_size:
-                chunks.append([])
-                filled = 0
-            chunks[-1] += layers[layer]
-            filled += sizes[layer]
+    for layer in [each for each in streamable if each in streamed]:
+        if filled + sizes[layer] > buffer_size:
+            chunks.append([])
+            filled = 0
+        chunks[-1] += layers[layer]
+        filled += sizes[layer]
     return Split(frozenset(directory).difference(*chunks), tuple(map(tuple, chunks)), buffer_size, totals[count])
