@@ -10,7 +10,7 @@ most rows are computed two or three times.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,25 +23,7 @@ from minpaint.models.layers import Downsample, ResidualBlock, Upsample
 from minpaint.models.vae import VAE, Decoder, Encoder
 
 LEAST_ROWS = 8  # of a band; fewer would mostly be overlap, and under 2 they could not be written in place
-
-
-@dataclass(frozen=True)
-class Bands:
-    """Into about how many bands a feature map is cut.
-
-    some: only the first three and the last, which take the memory that all take; to measure it
-    on the meta device, where nothing is computed.
-    """
-
-    count: int
-    some: bool = False
-
-    def of(self, height: int) -> Iterator[tuple[int, int]]:
-        """First row and last row + 1 of each band."""
-        step = max(-(-height // self.count), LEAST_ROWS)
-        tops = range(0, height, step)
-        for top in (*tops[:3], *tops[3:][-1:]) if self.some else tops:
-            yield top, min(top + step, height)
+Bands = Callable[[int], list[tuple[int, int]]]  # of a map's height: the first row and the last row + 1 of each band
 
 
 @dataclass(frozen=True)
@@ -71,33 +53,38 @@ def sliced_attend(rows: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return slices[0] if len(slices) == 1 else torch.cat(slices, dim=2)
 
 
-def set_bands(vae: VAE, bands: Bands | None) -> None:
-    """Let a VAE run in bands from now on; None: whole, as it is written."""
+def set_bands(vae: VAE, count: int | None) -> None:
+    """Let a VAE cut its feature maps into about `count` bands from now on; None: run as it is written."""
     for half in (vae.encoder, vae.decoder):
         vars(half).pop("forward", None)
-        if bands is not None:
-            vars(half)["forward"] = partial(_forward, half, bands)
+        if count is not None:
+            vars(half)["forward"] = partial(_forward, half, count)
 
 
-def _forward(half: Encoder | Decoder, bands: Bands, x: Tensor) -> Tensor:
+def _cut(count: int, is_meta: bool, height: int) -> list[tuple[int, int]]:
+    """About `count` bands. On the meta device only the first three and the last: they take the memory of all."""
+    step = max(-(-height // count), LEAST_ROWS)
+    tops = range(0, height, step)
+    return [(top, min(top + step, height)) for top in ((*tops[:3], *tops[3:][-1:]) if is_meta else tops)]
+
+
+def _forward(half: Encoder | Decoder, count: int, x: Tensor) -> Tensor:
     """What Encoder.forward or Decoder.forward gives for x."""
+    bands = partial(_cut, count, x.is_meta)
     blocks = half.down_blocks if isinstance(half, Encoder) else half.up_blocks
     layers = [layer for block in blocks for group in block.children() for layer in group.children()]
     middle = [half.mid_block.resnets[0], half.mid_block.attentions[0], half.mid_block.resnets[1]]
     now = _convolved(half.conv_in, _in_memory(x))
     for layer in [*layers, *middle] if isinstance(half, Encoder) else [*middle, *layers]:
-        now = _through(layer, now, bands)
+        if isinstance(layer, ResidualBlock):
+            now = _residual(layer, now, bands)
+        elif isinstance(layer, Upsample):
+            now = _convolved(layer.conv, _doubled(now))
+        elif isinstance(layer, Downsample):
+            now = _in_memory(_computed(_convolved(layer.conv, now, above=0), bands))
+        else:  # attention, at the smallest size, needs the whole map
+            now = _in_memory(layer(now.whole))
     return _computed(_convolved(half.conv_out, _normed(half.conv_norm_out, now, bands)), bands)
-
-
-def _through(layer: nn.Module, x: Map, bands: Bands) -> Map:
-    if isinstance(layer, ResidualBlock):
-        return _residual(layer, x, bands)
-    if isinstance(layer, Upsample):
-        return _convolved(layer.conv, _doubled(x))
-    if isinstance(layer, Downsample):
-        return _in_memory(_computed(_convolved(layer.conv, x, above=0), bands))
-    return _in_memory(layer(x.whole))  # attention, at the smallest size, needs the whole map
 
 
 def _residual(block: ResidualBlock, x: Map, bands: Bands) -> Map:
@@ -144,7 +131,7 @@ def _normed(norm: nn.Module, x: Map, bands: Bands) -> Map:
     assert isinstance(norm, nn.GroupNorm)
     count, mean = 0, torch.zeros((), device=norm.weight.device)
     square = mean  # the sum of squared differences from the mean
-    for top, bottom in bands.of(x.height):
+    for top, bottom in bands(x.height):
         grouped = torch.unflatten(x.rows(top, bottom), 1, (norm.num_groups, -1)).flatten(2)  # [b, g, numbers]
         variance, band_mean = torch.var_mean(grouped.float(), dim=2, correction=0)
         new, shift = grouped.shape[2], band_mean.double() - mean
@@ -168,7 +155,7 @@ def _computed(x: Map, bands: Bands, target: Tensor | None = None) -> Tensor:
 
     A band is written only after the next one has been computed, which may still read two rows above it.
     """
-    (top, bottom), *others = bands.of(x.height)
+    (top, bottom), *others = bands(x.height)
     band = x.rows(top, bottom)
     out = band.new_empty((*band.shape[:2], x.height, band.shape[3])) if target is None else target
     for next_top, bottom in others:

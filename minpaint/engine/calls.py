@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minpaint.engine.banded import Bands, set_attention_slices, set_bands
+from minpaint.engine.banded import set_attention_slices, set_bands
 from minpaint.engine.cuda import GraphReplay, has_hooks
 from minpaint.engine.fast import Cache, PromptCache, accelerated, is_unmodified
 from minpaint.engine.winograd import Thresholds
@@ -104,8 +104,7 @@ class Calls:
         """Cut a network's attention, and the VAE's feature maps, into the parts that a strategy says."""
         set_attention_slices(network, strategy.query_rows)
         if network is self.networks.vae:
-            some = self.device.type == "meta"  # a few bands take the memory that all take
-            set_bands(self.networks.vae, Bands(strategy.bands, some) if strategy.bands else None)
+            set_bands(self.networks.vae, strategy.bands)
 
     def encode(self, strategy: Strategy, pixels: Tensor) -> Tensor:
         """Pixels [n, 3, Y, X] -> the VAE's mean and log variance, [n, 8, y, x] float32."""
