@@ -16,6 +16,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+# The processes that tests start run small models, too; this one has read its own number of threads by now.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import minpaint
 import minpaint.engine.run
 from minpaint.painter import Painter

@@ -51,6 +51,7 @@ def both(vae: VAE, bands: int | None, height: int, width: int, batch: int = 1) -
 
 @settings(max_examples=40, deadline=None)
 @given(height=st.integers(1, 40), width=st.integers(1, 12), bands=st.integers(1, 80), batch=st.integers(1, 2))
+@pytest.mark.slow
 def test_bands_give_the_numbers_of_the_whole(vae: VAE, height: int, width: int, bands: int, batch: int) -> None:
     whole, banded = both(vae, None, height, width, batch), both(vae, bands, height, width, batch)
     assert [x.shape for x in whole] == [x.shape for x in banded]

@@ -26,7 +26,9 @@ def script() -> str:
     return found[1]
 
 
-@pytest.mark.parametrize("family", ["small-sd1", "small-sd2", "small-sd1-4ch", "small-v"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("small-sd2", marks=pytest.mark.slow), "small-sd1", "small-sd1-4ch", "small-v"]
+)
 def test_the_core_alone_gives_the_latents_of_the_reference(
     checkpoint: Callable[[str], Path], family: str, tmp_path: Path
 ) -> None:

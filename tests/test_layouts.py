@@ -295,7 +295,9 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize(
+    "shapes", [pytest.param(name, marks=() if name.startswith("three") else pytest.mark.slow) for name in SHAPES]
+)
 def test_the_architecture_is_told_from_shapes(shapes: str, tmp_path: Path) -> None:
     configs = SHAPES[shapes]
     told = describe(hollow_single_file(configs, tmp_path))
