@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)
 
 
-@dataclass(frozen=True)
-class Usage:
+class Usage(NamedTuple):
     """Peak bytes of a piece of work: of its live tensors, and in total with the copies its kernels may make."""
 
     live: int
@@ -30,11 +29,12 @@ def measure(work: Callable[[], object], fused: bool = True) -> Usage:
     Every storage that an operation makes is counted from then until it is freed, in the
     allocator's steps of 512 bytes. With tensors on the meta device nothing is computed and the
     answer is the same. A convolution may hold a copy of its operands in a layout of its own;
-    such copies cannot be seen, and are added to `total`. `fused`: see `attention_is_fused`.
+    such copies cannot be seen, and are added to `total`. `fused`: whether attention has a kernel that keeps no scores.
     """
-    with _Attention(fused), _Counter() as counter:
+    counter = _Counter()
+    with _Attention(fused), counter:
         work()
-    return Usage(counter.live_peak, counter.total_peak)
+    return counter.peak
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -47,55 +47,43 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.live_peak = self.total_peak = 0
+        self.live, self.peak = 0, Usage(0, 0)
         self.storages: dict[int, weakref.ref[Any]] = {}
         # by an operation and its arguments: whether it returns a bare tensor, and the outputs' shape, stride and dtype
         self.known: dict[Any, tuple[bool, list[tuple[Any, ...]]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = [*args, *kwargs.values()]
-        key = (func, *map(_signature, inputs), *kwargs)
+        key = (func, *map(_signature, args), *map(_signature, kwargs.values()), *kwargs)
         if key in self.known:
             is_bare, forms = self.known[key]
             new = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in forms]
             out: Any = new[0] if is_bare else tuple(new)
         else:
-            before = {_holder(x)._cdata for x in _tensors(inputs)}
+            before = {_holder(x)._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
             out = func(*args, **kwargs)
-            outputs = out if isinstance(out, tuple) else (out,)
-            found = {_holder(x)._cdata: x for x in _tensors(outputs)}
+            found = {_holder(x)._cdata: x for x in tree_leaves(out) if isinstance(x, Tensor)}
             new = [x for holder, x in found.items() if holder not in before]  # without views of the inputs
+            outputs = out if isinstance(out, tuple) else (out,)
             if len(new) == len(outputs) and all(x.is_meta and x.storage_offset() == 0 for x in new):
                 self.known[key] = isinstance(out, Tensor), [(x.shape, x.stride(), x.dtype) for x in new]
         for x in new:
             self._count(_holder(x))
-        copies = (args[0], args[1], out) if func in CONVOLUTIONS else ()
-        self.live_peak = max(self.live_peak, self.live)
-        self.total_peak = max(self.total_peak, self.live + sum(x.nbytes for x in copies))
+        copies = sum(x.nbytes for x in (args[0], args[1], out)) if func in CONVOLUTIONS else 0
+        self.peak = Usage(max(self.peak.live, self.live), max(self.peak.total, self.live + copies))
         return out
 
-    def _count(self, holder: Tensor | torch.UntypedStorage) -> None:
+    def _count(self, holder: Any) -> None:
         nbytes = holder.nbytes if isinstance(holder, Tensor) else holder.nbytes()
         key, size = holder._cdata, -(-nbytes // 512) * 512
-        if key in self.storages:
-            return
 
         def freed(_: object) -> None:
             self.live -= size
             del self.storages[key]
 
-        self.storages[key] = weakref.ref(holder, freed)
-        self.live += size
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among an operation's arguments or results, which may be nested in lists."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+        if key not in self.storages:
+            self.storages[key] = weakref.ref(holder, freed)
+            self.live += size
 
 
 def _holder(x: Tensor) -> Any:
