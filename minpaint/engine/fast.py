@@ -3,9 +3,8 @@
 - 3x3 convolutions are Winograd's (winograd.py). On a small map most of their work is to transform the
   filters, which are cached where the plan has room; F(2x2, 3x3), whose filters take less than half of
   the memory, then pays for the smallest maps.
-- Units for bfloat16 gain more than that. Where the processor has them, convolutions are oneDNN's. On a
-  small map most of their work is to pack the weights into the order that the units want, and packed
-  weights are cached where the plan has room.
+- Where the processor has units for bfloat16, which gain more than that, convolutions are oneDNN's. On a
+  small map most of their work is to pack the weights into the units' order; packed weights are cached too.
 - Feature maps lie with their channels together (NHWC), so attention needs no transposition.
 - Weights in half precision are converted a layer at a time where the processor is no slower in
   float32 (device.choose_arithmetic): fewer roundings, and the memory of half precision.
@@ -20,10 +19,10 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,30 +77,29 @@ def accelerated(
     UNet's batch differs from the first in its context alone. cache: where weights in other forms are
     kept for the next call; the weights must not change meanwhile.
     """
-    with ExitStack() as undo:
-
-        def replace(module: nn.Module, forward: Callable[..., Tensor]) -> None:
-            attributes = vars(module)
-            undo.callback(attributes.update, {k: v for k, v in attributes.items() if k == "forward"})
-            undo.callback(attributes.pop, "forward")  # the last callback is called first
-            attributes["forward"] = forward
-
+    before = {module: vars(module).get("forward") for module in network.modules()}
+    try:
         for name, module in network.named_modules():
-            is_attention, layer_cache = isinstance(module, Attention), None
-            if cache is not None and (is_attention if arithmetic is None else type(module) is nn.Conv2d):
-                layer_cache = cache.setdefault(module, {})
-            if arithmetic is not None and type(module) in LAYERS:
-                function = LAYERS[type(module)]
-                if function is convolve:
+            kind, attributes = type(module), vars(module)
+            if arithmetic is None:
+                if isinstance(module, Attention) and cache is not None:
+                    attributes["forward"] = partial(_with_fused_qkv, module, cache.setdefault(module, {}))
+            elif kind in LAYERS:
+                function = LAYERS[kind]
+                if kind is nn.Conv2d:
+                    layer_cache = None if cache is None else cache.setdefault(module, {})
                     function = partial(convolve, fast=fast, cache=layer_cache, thresholds=thresholds)
-                replace(module, partial(_forward, function, module, arithmetic))
-            elif is_attention and layer_cache is not None:
-                replace(module, partial(_with_fused_qkv, module, layer_cache))
+                attributes["forward"] = partial(_forward, function, module, arithmetic)
             if prompt is not None and name.endswith(OF_PROMPT):
-                replace(module, partial(prompt.project, module, module.forward))
+                attributes["forward"] = partial(prompt.project, module, module.forward)
             if paired and name in BEFORE_PROMPT:
-                replace(module, partial(_for_one_half, module.forward))
+                attributes["forward"] = partial(_for_one_half, module.forward)
         yield
+    finally:
+        for module, forward in before.items():
+            vars(module).pop("forward", None)
+            if forward is not None:
+                vars(module)["forward"] = forward
 
 
 def is_unmodified(network: nn.Module) -> bool:
@@ -126,9 +124,10 @@ def convolve(
     """A layer's convolution of [b, c, y, x] -> [b, o, y', x'], in x's number format. The layer has a bias."""
     if x.dtype == torch.bfloat16:
         return _convolve_in_bfloat16(x, layer, cache)
-    weight, bias, stride, padding = _parameters(layer)
+    weight, stride, padding = layer.weight, layer.stride, layer.padding
+    bias = cast(Tensor, layer.bias)
     (outputs, channels, kernel, _), cells = weight.shape, x.shape[2] * x.shape[3]
-    form = (kernel, stride, padding)
+    form = (kernel, stride[0], padding[0])
     if fast and form == (1, 1, 0):
         flat = weight.to(x.dtype).view(outputs, channels)
         return F.linear(x.permute(0, 2, 3, 1), flat, bias.to(x.dtype)).permute(0, 3, 1, 2)
@@ -139,10 +138,9 @@ def convolve(
             return winograd_convolve(x, weight, bias, F2, cache, thresholds)
     if fast and cells < thresholds.f4_cells:
         x = x.contiguous()  # NCHW: oneDNN reorders the weights faster for it, which is most of the work
-    if fast or weight.dtype == x.dtype:
-        return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride, padding)
     # with little memory, never all weights of a layer in both number formats
-    parts = zip(torch.split(weight, thresholds.outputs), torch.split(bias, thresholds.outputs), strict=True)
+    at_once = outputs if fast or weight.dtype == x.dtype else thresholds.outputs
+    parts = zip(torch.split(weight, at_once), torch.split(bias, at_once), strict=True)
     results = [F.conv2d(x, part.to(x.dtype), add.to(x.dtype), stride, padding) for part, add in parts]
     return results[0] if len(results) == 1 else torch.cat(results, dim=1)
 
@@ -153,37 +151,25 @@ def _convolve_in_bfloat16(x: Tensor, layer: nn.Conv2d, cache: LayerCache | None)
     The operators for packed weights are private to PyTorch, and may refuse or change. If they fail,
     an empty list in the cache says so, and the layer is computed with its weights as they are.
     """
-    x = x.contiguous(memory_format=torch.channels_last)
+    x, bias = x.contiguous(memory_format=torch.channels_last), cast(Tensor, layer.bias)
+    weight, form = layer.weight, (layer.padding, layer.stride, layer.dilation, layer.groups)
     if cache is not None and cache.get(PACKED) != []:
         try:
-            return _convolve_with_packed(x, layer, cache)
+            if PACKED not in cache:
+                pack = torch.ops.aten.mkldnn_reorder_conv2d_weight
+                cache[PACKED] = [weight.clone() if x.is_meta else pack(weight.to_mkldnn(), *form, x.shape)]
+            [packed] = cache[PACKED]
+            if x.is_meta:
+                return F.conv2d(x, packed, bias, layer.stride, layer.padding)
+            out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *form, "none", [], "")
+            return out
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             cache[PACKED] = []
             _warn_of_refusal(str(error).partition("\n")[0])
-    weight, bias, stride, padding = _parameters(layer)
-    return F.conv2d(x, weight.to(x.dtype, memory_format=torch.channels_last), bias.to(x.dtype), stride, padding)
-
-
-def _convolve_with_packed(x: Tensor, layer: nn.Conv2d, cache: LayerCache) -> Tensor:
-    """A convolution with weights in the order that the processor's units want; the first call packs them."""
-    weight, bias, stride, padding = _parameters(layer)
-    form = [2 * [padding], 2 * [stride], [1, 1], 1]  # with the dilation and the groups
-    if PACKED not in cache:
-        pack = torch.ops.aten.mkldnn_reorder_conv2d_weight
-        cache[PACKED] = [weight.clone() if x.is_meta else pack(weight.to_mkldnn(), *form, x.shape)]
-    [packed] = cache[PACKED]
-    if x.is_meta:
-        return F.conv2d(x, packed, bias, stride, padding)
-    out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *form, "none", [], "")
-    return out
-
-
-def _parameters(layer: nn.Conv2d) -> tuple[Tensor, Tensor, int, int]:
-    """Weight [o, c, k, k], bias [o], stride and padding of a convolution that treats both axes alike."""
-    assert layer.bias is not None
-    return layer.weight, layer.bias, layer.stride[0], int(layer.padding[0])
+    weight = weight.to(x.dtype, memory_format=torch.channels_last)
+    return F.conv2d(x, weight, bias.to(x.dtype), layer.stride, layer.padding)
 
 
 @functools.cache
