@@ -60,7 +60,7 @@ def inpaint(
         Steps, whose latents x [n, 4, y, x] are scaled: the VAE decodes x / scaling_factor.
     """
     guided = guidance > 1 and prompt != negative_prompt
-    embeddings = torch.cat([networks.embed(text) for text in ([negative_prompt, prompt] if guided else [prompt])])
+    context = torch.cat([networks.embed(text) for text in ([negative_prompt, prompt] if guided else [prompt])])
 
     def encode(pixels: Tensor, draw: Tensor | float = 0.0) -> Tensor:
         """Scaled latents: a draw from the VAE's posterior, a normal distribution, or its mean."""
@@ -91,7 +91,7 @@ def inpaint(
         keep = partial(put_back, picture, start, cells, schedule)
 
     # 3. Denoise.
-    context = embeddings.repeat_interleave(len(x), dim=0)  # [n or 2n, tokens, D]
+    context = context.repeat_interleave(len(x), dim=0)  # [n or 2n, tokens, D]
 
     def model(x: Tensor, t: int) -> Tensor:
         inputs = x if conditioning is None else torch.cat([x, conditioning], dim=1)

@@ -81,7 +81,7 @@ def _forward(half: Encoder | Decoder, count: int, x: Tensor) -> Tensor:
         elif isinstance(layer, Upsample):
             now = _convolved(layer.conv, _doubled(now))
         elif isinstance(layer, Downsample):
-            now = _in_memory(_computed(_convolved(layer.conv, now, above=0), bands))
+            now = _in_memory(_computed(_convolved(layer.conv, now), bands))
         else:  # attention, at the smallest size, needs the whole map
             now = _in_memory(layer(now.whole))
     return _computed(_convolved(half.conv_out, _normed(half.conv_norm_out, now, bands)), bands)
@@ -96,11 +96,9 @@ def _residual(block: ResidualBlock, x: Map, bands: Bands) -> Map:
     return _in_memory(_computed(out, bands, None if block.widens else x.whole))
 
 
-def _convolved(conv: nn.Module, x: Map, above: int | None = None) -> Map:
-    """A convolution with `above` rows of zeros above and columns left of the map; None: as its padding says."""
-    assert isinstance(conv, nn.Conv2d)
-    kernel, stride = conv.kernel_size[0], conv.stride[0]
-    above = int(conv.padding[0]) if above is None else above
+def _convolved(conv: nn.Conv2d, x: Map) -> Map:
+    """A convolution; the encoder's strided ones have no padding of their own, and zeros below and to the right."""
+    kernel, stride, above = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
     below = kernel - stride - above
 
     def rows(top: int, bottom: int) -> Tensor:
@@ -126,9 +124,8 @@ def _doubled(x: Map) -> Map:
     return Map(2 * x.height, rows)
 
 
-def _normed(norm: nn.Module, x: Map, bands: Bands) -> Map:
+def _normed(norm: nn.GroupNorm, x: Map, bands: Bands) -> Map:
     """silu(norm(x)), the mean and the variance merged from those of all bands (Chan et al. 1983)."""
-    assert isinstance(norm, nn.GroupNorm)
     count, mean = 0, torch.zeros((), device=norm.weight.device)
     square = mean  # the sum of squared differences from the mean
     for top, bottom in bands(x.height):

@@ -48,7 +48,6 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live, self.peak = 0, Usage(0, 0)
-        self.storages: dict[int, weakref.ref[Any]] = {}
         # by an operation and its arguments: whether it returns a bare tensor, and the outputs' shape, stride and dtype
         self.known: dict[Any, tuple[bool, list[tuple[Any, ...]]]] = {}
 
@@ -68,22 +67,16 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if len(new) == len(outputs) and all(x.is_meta and x.storage_offset() == 0 for x in new):
                 self.known[key] = isinstance(out, Tensor), [(x.shape, x.stride(), x.dtype) for x in new]
         for x in new:
-            self._count(_holder(x))
+            holder = _holder(x)
+            size = -(-(x.nbytes if x.is_mkldnn else holder.nbytes()) // 512) * 512
+            self.live += size
+            weakref.finalize(holder, self._free, size)
         copies = sum(x.nbytes for x in (args[0], args[1], out)) if func in CONVOLUTIONS else 0
         self.peak = Usage(max(self.peak.live, self.live), max(self.peak.total, self.live + copies))
         return out
 
-    def _count(self, holder: Any) -> None:
-        nbytes = holder.nbytes if isinstance(holder, Tensor) else holder.nbytes()
-        key, size = holder._cdata, -(-nbytes // 512) * 512
-
-        def freed(_: object) -> None:
-            self.live -= size
-            del self.storages[key]
-
-        if key not in self.storages:
-            self.storages[key] = weakref.ref(holder, freed)
-            self.live += size
+    def _free(self, size: int) -> None:
+        self.live -= size
 
 
 def _holder(x: Tensor) -> Any:

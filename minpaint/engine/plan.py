@@ -43,9 +43,8 @@ CUDA_RESERVE = 1 / 16
 CPU_LIBRARIES = 48 * 2**20
 CPU_HEAP = (2.0, 224 * 2**20)
 KEPT_HEAP = {"encode": 1.5, "denoise": 2.0, "decode": 1.5}
-# Pictures on the CPU, in bytes for a pixel that the network sees: the picture and where it is blanked, from
-# encoding on; its blanked or filled copy, while that is encoded; continuing it into the hole, before encoding
-# and for the colour match. For a pixel of the whole picture: its copies and its file, and each painting's.
+# Pictures on the CPU, in bytes for a pixel that the network sees: the picture and where it is blanked; its copy
+# while that is encoded; continuing it into the hole. For a pixel of the whole picture: its copies and each painting's.
 CANVAS, COPY, FILLING = 16, 28, 144
 PICTURE = (24, 8)
 
@@ -300,7 +299,8 @@ class Planner:
 
     def _measure(self, name: str, request: Request, strategy: Strategy) -> tuple[int, int]:
         """Bytes that a phase takes beside weights, and those of weights that it caches in other forms."""
-        key = (name, name if name == "text" else replace(request, steps=0), replace(strategy, keeps_heap=False))
+        alike = replace(request, steps=0, again=False)  # which makes no difference to one call
+        key = (name, name if name == "text" else alike, replace(strategy, keeps_heap=False))
         if key not in self.measured:
             _ = self.networks  # made before what they take is measured
             calls: list[Calls] = []
@@ -337,7 +337,8 @@ class Planner:
             calls.decode(strategy, empty(1, LATENT_CHANNELS, height // factor, width // factor)).float()
         else:
             x = empty(request.rows, config.unet.in_channels, height // factor, width // factor)
-            context = empty(request.rows, tokens, config.unet.context_dim, dtype=self.dtype)
+            prompts = empty(request.rows // request.count, tokens, config.unet.context_dim, dtype=self.dtype)
+            context = prompts.repeat_interleave(request.count, dim=0)
             for _ in range(2 if strategy.fast else 1):  # the first call makes what is kept for the others
                 calls.unet(strategy, x, empty(request.rows), context)
         return calls
