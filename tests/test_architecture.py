@@ -32,8 +32,9 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 
-# The most lines, with comments and blank ones, that a part of the house may have.
-BUDGETS = {"core": 1400, "painter": 250, "picture": 1000, "checkpoint": 1150, "engine": 1650, "cli": 450}
+# The most lines, with comments and blank ones, that a part of the house may have; the core is all that stands on the
+# top level and models/, but for the painter. A change that adds lines takes others away.
+BUDGETS = {"core": 1445, "painter": 250, "picture": 1000, "checkpoint": 1320, "engine": 2050, "cli": 450}
 LONGEST = 350
 
 
