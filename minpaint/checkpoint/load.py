@@ -223,8 +223,9 @@ def _match_component(component: str, directory: Directory, model: nn.Module) -> 
             raise CheckpointError(f"{component} ({entry.file.name}): {name} is stored under two names")
         if not name.endswith(POSITIONS):
             stored[name] = entry
-    wanted = {_common_name(component, key): key for key in model.state_dict() if not key.endswith(POSITIONS)}
-    shapes = {name: tuple(model.state_dict()[key].shape) for name, key in wanted.items()}
+    state = model.state_dict()
+    wanted = {_common_name(component, key): key for key in state if not key.endswith(POSITIONS)}
+    shapes = {name: tuple(state[key].shape) for name, key in wanted.items()}
     there = [name for name in wanted if name in stored]
     faults = {
         "missing": [name for name in wanted if name not in stored],
