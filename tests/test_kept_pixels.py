@@ -107,7 +107,8 @@ def test_whatever_is_painted(size: tuple[int, int], mode: str, kind: str, seed: 
         assert isinstance(view, View)
         canvas = view.canvas([picture])
         columns, rows = view.extent
-        assert min(rows, columns) >= 8 * (1 + seed % 3)
+        assert min(rows, columns) >= 8
+        assert max(rows, columns) >= 8 * (1 + seed % 3)
         assert canvas.blanked.shape == (1, 1, rows, columns)
         assert canvas.pixels.shape == (1, 3, rows, columns)
         assert canvas.cells.shape == (1, 1, rows // 8, columns // 8)
