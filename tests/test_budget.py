@@ -242,6 +242,7 @@ class FullFor:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["unet", "text_encoder", "vae.decoder.conv_in", "vae.encoder.conv_in"])
 def test_once_a_full_device_is_met_with_a_smaller_plan(checkpoint: Folders, place: str) -> None:
     picture, mask = make_picture(), make_mask()

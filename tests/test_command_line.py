@@ -80,6 +80,7 @@ def test_json_is_one_object_on_stdout(
     assert {"out-3.png", "out-4.png"} < files(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "kind"), [("jpg", "JPEG"), ("webp", "WEBP"), ("tiff", "TIFF"), ("PNG", "PNG")])
 def test_the_suffix_chooses_the_format(
     command: Callable[..., list[str]], tmp_path: Path, suffix: str, kind: str
@@ -278,6 +279,7 @@ def test_the_number_format_has_one_name(
     assert json.loads(capsys.readouterr().out)["dtype"] == "fp32"
 
 
+@pytest.mark.slow
 def test_an_installed_command_line_runs_as_a_module_from_any_folder(
     command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -385,6 +387,7 @@ def test_best_writes_the_painting_with_the_smallest_seam(
         assert a.tobytes() == b.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
 def test_info_tells_and_like_repeats(
     command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str

@@ -27,7 +27,8 @@ def script() -> str:
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param("small-sd2", marks=pytest.mark.slow), "small-sd1", "small-sd1-4ch", "small-v"]
+    "family",
+    ["small-sd1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("small-sd2", "small-sd1-4ch", "small-v"))],
 )
 def test_the_core_alone_gives_the_latents_of_the_reference(
     checkpoint: Callable[[str], Path], family: str, tmp_path: Path

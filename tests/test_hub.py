@@ -551,6 +551,7 @@ def test_one_file_of_each_component_is_chosen(names: list[str], half_wanted: boo
 # ---- the tokenizer of a single file ----
 
 
+@pytest.mark.slow
 def test_a_single_file_without_tokenizer_takes_clips_from_the_hub_once(
     tiny_hub: TinyHub, user: User, checkpoint: Callable[[str], Path], reference: Image.Image, tmp_path: Path
 ) -> None:

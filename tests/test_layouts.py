@@ -150,6 +150,7 @@ def expected(painter: Callable[[str], Painter], picture: Image.Image, mask: Imag
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "layout"), CASES, ids=lambda case: getattr(case, "__name__", case))
 def test_the_same_weights_paint_the_same(
     family: str,
@@ -268,6 +269,7 @@ ALONE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "tokenizer"), [("sd1", "tokenizer"), ("sd1-4ch", "."), ("sd2", "."), ("sd2-4ch", "tokenizer")]
 )
@@ -457,6 +459,7 @@ def test_the_official_configurations_say_what_the_full_size_families_say(name: s
     assert official["text_encoder"] == official["text_encoder"] | ours["text_encoder"]
 
 
+@pytest.mark.slow
 @needs_official
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name", ["sd15-inpainting", "sd2-inpainting"])

@@ -114,6 +114,7 @@ def test_the_smallest_budget_is_the_smallest() -> None:
         planner.choose(request, least - 1, 0)
 
 
+@pytest.mark.slow
 def test_the_largest_picture_fits_and_little_more_does_not() -> None:
     planner = Planner(architecture("sd15"), torch.device("cuda"), torch.float16)
     found = planner.largest(Request(768, 512), 2 * GIB, 0)
@@ -124,6 +125,7 @@ def test_the_largest_picture_fits_and_little_more_does_not() -> None:
     assert planner.least(Request(width * 11 // 80 * 8, height * 11 // 80 * 8), 0) > 2 * GIB
 
 
+@pytest.mark.slow
 def test_an_operation_worked_out_once_counts_as_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     def plans() -> list[Plan]:
         planner, request = Planner(architecture("small-sd2"), torch.device("cpu"), torch.bfloat16), Request(96, 64, 2)

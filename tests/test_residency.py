@@ -45,6 +45,7 @@ def test_networks_can_be_called_when_their_weights_are_offloaded(checkpoint: Fol
     assert sum(part.resident_size for part in poor.engine.weights.values()) <= poor.engine.budget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_streamed_weights_are_the_files(checkpoint: Folders, part: str, dtype: str) -> None:

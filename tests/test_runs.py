@@ -89,7 +89,7 @@ def reference_run(
 @pytest.mark.filterwarnings("ignore:eta has no effect")
 @pytest.mark.parametrize(
     ("family", "sampler", "steps", "strength", "guidance", "eta"),
-    [pytest.param(*case, marks=pytest.mark.slow if case[2] >= 20 else ()) for case in CASES],
+    [pytest.param(*case, marks=pytest.mark.slow if case[2] >= 8 else ()) for case in CASES],
 )
 def test_equals_the_reference(
     painter: Callable[[str], Painter],
@@ -165,7 +165,7 @@ SCHEDULER_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("family", ["small-sd1", pytest.param("small-sd1-4ch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "setting",
-    [pytest.param(name, marks=pytest.mark.slow if name.startswith("ddim") else ()) for name in SCHEDULER_SETTINGS],
+    [pytest.param(name, marks=() if name.startswith("dpmpp") else pytest.mark.slow) for name in SCHEDULER_SETTINGS],
 )
 def test_every_scheduler_setting_equals_the_reference(
     checkpoint: Callable[[str], Path],

@@ -186,6 +186,7 @@ def test_the_training_is_on_record() -> None:
 # The demo ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_demo_runs_from_any_folder_and_loses_nothing(tmp_path: Path) -> None:
     (tmp_path / "minpaint-example.png").write_text("mine")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}

@@ -33,6 +33,7 @@ def train(work: Path, stop_at: int | None = None) -> tuple[nn.Module, str]:
     return average, log.read_text()
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
