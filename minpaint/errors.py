@@ -1,11 +1,19 @@
 """What can go wrong, each with one line that names the culprit and the way out."""
 
+LONGEST = 500  # characters of a message
+
+
+def one_line(message: str) -> str:
+    """A message in one line; of one that quotes something long, the middle is left out."""
+    line = " ".join(message.split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+
 
 class MinpaintError(ValueError):
     """Base of every error minpaint raises on purpose; its message is one line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
 
 
 class InputError(MinpaintError):
@@ -26,3 +34,6 @@ class BudgetError(MinpaintError):
 
 class MinpaintWarning(UserWarning):
     """Something the user should know although the run goes on; one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))

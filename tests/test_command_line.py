@@ -19,6 +19,7 @@ from PIL import Image
 
 from minpaint.cli.main import main
 from minpaint.cli.options import OPTIONS, SUFFIXES, parse
+from minpaint.errors import InputError, MinpaintWarning
 from minpaint.picture.saving import FORMATS
 from minpaint.settings import Settings
 
@@ -123,7 +124,9 @@ def test_existing_output_is_kept_unless_told_otherwise(
         (["--device", "gpu"], "gpu"),
         (["--dtype", "fp8"], "--dtype"),
         (["--budget", "much"], "much"),
-        (["--budget", "-1GiB"], "budget"),
+        (["--budget", "-1GiB"], "dash is written --budget=-"),
+        (["--budget=-1GiB"], "budget '-1GiB' is not a size"),
+        (["--steps", "9" * 9000], "--steps"),
         (["--model", "no-such-model"], "no-such-model"),
         (["--model", "./missing.safetensors"], "missing.safetensors"),
         (["--config", "nowhere"], "config"),
@@ -158,6 +161,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     assert out == ""
     assert err.startswith("minpaint: error: ")
     assert err.count("\n") == 1
+    assert len(err) < 600
     assert culprit in err
     assert files(tmp_path) == before
 
@@ -475,3 +479,11 @@ def test_the_steps_really_run_are_said(command: Callable[..., list[str]], capsys
 if __name__ == "__main__":
     path = ROOT / "README.md"
     path.write_text(with_options(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def test_a_long_message_keeps_its_ends() -> None:
+    message = str(InputError(f"no such key\n{'x' * 10_000}: take another"))
+    assert message.startswith("no such key xxx")
+    assert message.endswith("xxx: take another")
+    assert len(message) < 520
+    assert str(MinpaintWarning(message * 5)).count(" ... ") == 1

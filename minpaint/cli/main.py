@@ -13,7 +13,7 @@ import warnings
 from pkgutil import resolve_name
 
 from minpaint.cli.options import Note, parse
-from minpaint.errors import BudgetError, CheckpointError, InputError, MinpaintWarning
+from minpaint.errors import BudgetError, CheckpointError, InputError, MinpaintWarning, one_line
 
 VERBS = {None: "demo:demo", "paint": "paint:paint", "plan": "plan:plan", "info": "paint:info"}
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         message, code = "stopped; nothing half-written is left", 1
     except Exception as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = one_line(str(error)) or type(error).__name__
         code = 3 if isinstance(error, BudgetError) else 2 if isinstance(error, (InputError, CheckpointError)) else 1
     _say(f"error: {message}")
     return code

@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that `--help` and bad usage are answered at o
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -73,6 +74,8 @@ REPEATED = {"model", "config", "image", "mask", "dtype", *(field.name for field 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if option := re.fullmatch(r"argument (?:-\w/)?(--[\w-]+): expected one argument", message):
+            message += f" (one that begins with a dash is written {option[1]}=-...)"
         raise InputError(f"{message}; see {self.prog} --help")
 
 

@@ -37,7 +37,7 @@ def encode_prompt(tokenizer: Any, text_encoder: nn.Module, prompt: str) -> Tenso
     whole = tokenizer(prompt, truncation=False, verbose=False).input_ids
     if len(whole) > length:
         lost = tokenizer.decode(whole[length - 1 : -1])
-        told = f"the prompt is longer than {length - 2} tokens; cut off: {lost!r}"
+        told = f"the prompt is longer than {length - 2} tokens; cut off: {lost[:80]!r}{'...' * (len(lost) > 80)}"
         warnings.warn(told, MinpaintWarning, stacklevel=2)
     device = next(text_encoder.parameters()).device
     mask = None
