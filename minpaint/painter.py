@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minpaint.checkpoint.load import Checkpoint, build, describe
+from minpaint.checkpoint.load import TINY, Checkpoint, build, describe
+from minpaint.checkpoint.tokenizer import TOY_WORLD, unknown_words
 from minpaint.engine.budget import choose_budget
 from minpaint.engine.calls import Request
 from minpaint.engine.device import choose_device, choose_dtype, without_gradients
@@ -175,6 +176,8 @@ class Painter:
             _tell(f"eta has no effect on the sampler {sampler}, only on ddim")
         if settings.fill != "original" and settings.strength == 1 and not settings.soft:
             _tell(f"fill {settings.fill} has no effect at strength 1, where the hole starts from noise alone")
+        if self.name == TINY and (strange := unknown_words(self.tokenizer, settings.prompt)):
+            _tell(f"the tiny model has no words for: {', '.join(strange)}; it knows {TOY_WORLD}")
         warm_up = settings.sampler is None and sampler == "pndm" and not config.skip_prk_steps
         schedule = make_schedule(config, sampler, settings.steps, settings.strength, warm_up)
         views = self.views(frame, settings)

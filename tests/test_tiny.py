@@ -26,7 +26,8 @@ import minpaint
 from bench.quality import colour_of, psnr
 from bench.scenes import HELD_OUT, Case
 from minpaint.checkpoint.hub import weights_folder
-from minpaint.checkpoint.tokenizer import load_tokenizer
+from minpaint.checkpoint.tokenizer import load_tokenizer, unknown_words
+from minpaint.errors import MinpaintWarning
 from minpaint.painter import Painter, Painting
 from minpaint.picture.image import to_image, to_unit
 from minpaint.samplers import SAMPLERS
@@ -128,6 +129,22 @@ def test_a_broken_sampler_shows(tiny: Painter, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(SAMPLERS, "ddim", confused)
     with pytest.raises(AssertionError, match="samplers differ"):
         samplers_agree(tiny)
+
+
+# What it says ------------------------------------------------------------------------------------
+
+
+def test_words_that_it_was_never_taught_are_said(tiny: Painter) -> None:
+    case = Case(0, usual=True)
+    with pytest.warns(MinpaintWarning, match="no words for: two, houses, 3;"):
+        tiny(case.without, case.mask, "Two red houses, 3 a red lake", steps=1)
+
+
+def test_it_has_a_word_for_all_in_its_world(tiny: Painter) -> None:
+    for number in range(200):
+        scene = world.scene(Random(number))
+        words = world.caption(scene, scene.things, disc=True, sides=True)
+        assert unknown_words(tiny.tokenizer, words) == []
 
 
 # The checkpoint ----------------------------------------------------------------------------------

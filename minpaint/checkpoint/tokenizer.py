@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from minpaint.errors import CheckpointError
 
 VOCABULARY = ("vocab.json", "merges.txt")
 TOKENIZER_FILES = (*VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+TOY_WORLD = "a house, tree, boat, balloon, cloud or tower in eight colours"  # what the tiny model was trained on
 
 
 def is_tokenizer(names: Collection[str]) -> bool:
@@ -36,3 +38,9 @@ def load_tokenizer(folder: Path, pad_token: str | None = None) -> Any:
     if length < 3:
         raise CheckpointError(f"{folder}: the tokenizer's model_max_length {length} leaves no room for a prompt")
     return tokenizer
+
+
+def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
+    """The words of a prompt that a vocabulary holds in pieces only, or as a single letter or digit."""
+    words = dict.fromkeys(re.findall(r"\w+", prompt.lower()))
+    return [word for word in words if word != "a" and (len(word) == 1 or len(tokenizer.tokenize(word)) > 1)]

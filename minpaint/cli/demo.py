@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from minpaint.checkpoint.hub import weights_folder
+from minpaint.checkpoint.tokenizer import TOY_WORLD
 from minpaint.cli.options import Note, parse
 from minpaint.cli.paint import paint
 from minpaint.picture.image import open_image, strip
@@ -14,7 +15,7 @@ from minpaint.picture.saving import save
 PICTURE, MASK = (weights_folder() / "example" / name for name in ("picture.png", "mask.png"))
 PROMPT = "a red tower in a meadow by day"
 WHAT_NEXT = f"""\
-Try another prompt; the toy model knows a house, tree, boat, balloon, cloud and tower in eight colours:
+Try another prompt; the toy model knows {TOY_WORLD}:
 
   python -m minpaint paint --image {PICTURE} --mask {MASK} --prompt "a purple tree at night" -o tree.png
 
@@ -33,6 +34,7 @@ def demo(options: Namespace, note: Note) -> None:
     files = ["--image", str(PICTURE), "--mask", str(MASK), "-o", str(target)]
     painting = parse(["paint", *files, "--prompt", PROMPT, "--model", "tiny", "--steps", "20"])
     painting.started = options.started
+    note(f"painting the bundled example: {PROMPT}")
     paint(painting, note)
     save(strip([open_image(file) for file in (PICTURE, MASK, target)]), None, None, beside)
     note(f"wrote {beside} (before, mask, after)\n\n{WHAT_NEXT}")
