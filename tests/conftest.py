@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import minpaint
 import minpaint.engine.run
+from minpaint.errors import MinpaintError, MinpaintWarning
 from minpaint.painter import Painter
 from weights.random_checkpoint import FAMILIES, write_checkpoint
 
@@ -68,6 +69,24 @@ def make_mask(width: int = 64, height: int = 64) -> Image.Image:
     draw.ellipse((width // 8, height // 8, width // 2, height * 3 // 4), fill=255)
     draw.rectangle((width * 5 // 8, height // 2, width * 7 // 8, height * 5 // 8), fill=255)
     return mask
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _messages() -> Iterator[None]:
+    """Write down every error and warning of the program, if a variable names the file (tests/messages.py)."""
+    if not (file := os.environ.get("MINPAINT_MESSAGES")):
+        yield
+        return
+    with Path(file).open("a", encoding="utf-8") as found, pytest.MonkeyPatch.context() as patch:
+        for base in (MinpaintError, MinpaintWarning):
+            before = base.__init__
+
+            def told(self: Exception, message: str, before: Callable[..., None] = before) -> None:
+                before(self, message)
+                print(self, file=found)
+
+            patch.setattr(base, "__init__", told)
+        yield
 
 
 @pytest.fixture(autouse=True)
