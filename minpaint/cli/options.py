@@ -10,7 +10,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import MISSING, fields
 from io import BytesIO
 from pathlib import Path
@@ -21,7 +20,7 @@ from minpaint.errors import InputError
 from minpaint.settings import HOLE, MACHINE, MODEL, WHAT, Settings
 
 Note = Callable[[str], None]  # says one line on stderr; with --quiet it says nothing
-LARGEST = 2**30  # bytes of an input file
+Source = str | BytesIO  # a file to read, or the content of stdin
 STREAM = "-"  # stdin as an input, stdout as the output
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of the files that can be written
 WRITTEN = f"{', '.join(SUFFIXES)}; {{seed}} stands for the seed; - is stdout"
@@ -122,7 +121,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.like is not None:
         from minpaint.picture.saving import read_record
 
-        options = make_parser(read_record(read(options.like, "like"))).parse_args(arguments)
+        options = make_parser(read_record(source(options.like))).parse_args(arguments)
     for name in ("image", "prompt"):
         if getattr(options, name) is None:
             raise InputError(f"--{name} is missing; see python -m minpaint paint --help")
@@ -133,32 +132,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def read(file: str, what: str) -> BytesIO:
-    """The content of a file or of stdin, read once, so that what is decoded is what is hashed; `name` is the file's.
-
-    InputError if it cannot be read, or is larger than LARGEST.
-    """
-    if file == STREAM and sys.stdin is None:
-        raise InputError(f"{what} {file}: stdin is closed; name a file")
-    try:
-        with sys.stdin.buffer if file == STREAM else Path(file).open("rb") as stream:
-            content = BytesIO(stream.read(LARGEST + 1))
-    except FileNotFoundError:
-        raise InputError(f"{what} {file}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{what} {file}: cannot be read ({error})") from None
-    if content.getbuffer().nbytes > LARGEST:
-        raise InputError(f"{what} {file}: has more than {LARGEST >> 20} MiB; is it a picture?")
-    content.name = "stdin" if file == STREAM else file
-    return content
-
-
-def answer(text: str) -> None:
-    """Print what was asked for on stdout; an OSError that names stdout if it cannot take that."""
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        raise type(error)(f"stdout: {error}") from None
+def source(file: str) -> Source:
+    return BytesIO(sys.stdin.buffer.read()) if file == STREAM else file
 
 
 def _targets(options: argparse.Namespace, seeds: range) -> list[Path]:
@@ -172,39 +147,24 @@ def _targets(options: argparse.Namespace, seeds: range) -> list[Path]:
     if several and "{seed}" not in pattern:
         pattern = str(plain.with_name(f"{plain.stem}-{{seed}}{plain.suffix}"))
     targets = [Path(pattern.replace("{seed}", str(seed))) for seed in seeds]
-    inputs = {"image": options.image, "mask": options.mask, "like": options.like}
-    files = {"output": targets if pattern != STREAM else []}
-    files["explain-mask"] = [] if options.explain_mask is None else [Path(options.explain_mask)]
-    for what, file in [(what, file) for what, named in files.items() for file in named]:
+    explained = [] if options.explain_mask is None else [Path(options.explain_mask)]
+    for file in [*explained, *(targets if pattern != STREAM else [])]:
         _check_writable(file, options.overwrite)
-        # a painting may take the place of the picture it was made from, and of the one it repeats
-        for name in ("mask",) if what == "output" else inputs:
-            if inputs[name] is not None and _is_same(file, Path(inputs[name])):
-                raise InputError(f"{what} {file} is the file of --{name}; name another")
-        if what == "explain-mask" and any(_is_same(file, target) for target in files["output"]):
+        if explained and file is not explained[0] and file.resolve() == explained[0].resolve():
             raise InputError(f"output {file} is also the file of --explain-mask; name another")
     return targets
 
 
-def _is_same(a: Path, b: Path) -> bool:
-    """Whether two paths are one file, which need not exist yet."""
-    with suppress(OSError, ValueError):  # of a name that the system cannot take
-        return a.resolve() == b.resolve() or a.samefile(b)
-    return False
-
-
 def _check_writable(target: Path, overwrite: bool) -> None:
-    """InputError if a file cannot be written; of a link it is the file that it points to."""
     if target.suffix.lower() not in SUFFIXES:
         raise InputError(f"output {target}: unknown kind of file; use {', '.join(SUFFIXES)}")
-    folder = target.resolve().parent
+    if target.is_dir():
+        raise InputError(f"output {target} is a folder; name a file in it")
+    if target.exists() and not overwrite:
+        raise InputError(f"output {target} exists; add --overwrite to replace it")
+    if not target.parent.is_dir():
+        raise InputError(f"output {target}: the folder {target.parent} does not exist; create it first")
     try:
-        if target.is_dir():
-            raise InputError(f"output {target} is a folder; name a file in it")
-        if target.exists() and not overwrite:
-            raise InputError(f"output {target} exists; add --overwrite to replace it")
-        if not folder.is_dir():
-            raise InputError(f"output {target}: the folder {folder} does not exist; create it first")
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
-        raise InputError(f"output {target} cannot be written ({error})") from None
+        raise InputError(f"output {target}: the folder {target.parent} is not writable ({error})") from None

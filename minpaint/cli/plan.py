@@ -7,7 +7,7 @@ import re
 from argparse import Namespace
 
 from minpaint.checkpoint.load import outline
-from minpaint.cli.options import Note, answer
+from minpaint.cli.options import Note
 from minpaint.engine.budget import choose_budget, format_size, used_memory
 from minpaint.engine.calls import Request
 from minpaint.engine.device import choose_device, choose_dtype, dtype_name
@@ -36,17 +36,16 @@ def plan(options: Namespace, note: Note) -> None:
     if options.json:
         report = {"model": options.model, "width": width, "height": height, "count": settings.count}
         report |= {"device": str(device), "dtype": dtype_name(dtype), **plan.report()}
-        answer(json.dumps(report | {"smallest_budget": smallest, "largest_picture": largest}))
+        print(json.dumps(report | {"smallest_budget": smallest, "largest_picture": largest}))
         return
-    lines = [f"{options.model} at {width}x{height}, count {settings.count}, {dtype_name(dtype)} on {device}", ""]
-    lines += [plan.table(), "", f"predicted peak: {format_size(plan.peak)} of {format_size(budget)}"]
-    lines.append(f"smallest budget for this: {round_up(smallest)}")
+    print(f"{options.model} at {width}x{height}, count {settings.count}, {dtype_name(dtype)} on {device}\n")
+    print(f"{plan.table()}\n\npredicted peak: {format_size(plan.peak)} of {format_size(budget)}")
+    print(f"smallest budget for this: {round_up(smallest)}")
     if largest is not None:
-        lines.append(f"largest picture of this shape in {format_size(budget)}: {largest[0]}x{largest[1]}")
+        print(f"largest picture of this shape in {format_size(budget)}: {largest[0]}x{largest[1]}")
     if planner.on_cuda:
-        lines.append("the driver's CUDA context, 0.3 to 0.6 GiB, comes on top and is not in the budget")
+        print("the driver's CUDA context, 0.3 to 0.6 GiB, comes on top and is not in the budget")
     else:
-        lines.append(f"{format_size(base)} of it are the interpreter and the libraries")
+        print(f"{format_size(base)} of it are the interpreter and the libraries")
     if width * height > WHOLE * (native * factor) ** 2:
-        lines.append("paint shows the network a crop of a picture of this size, unless told --context whole")
-    answer("\n".join(lines))
+        print("paint shows the network a crop of a picture of this size, unless told --context whole")
