@@ -24,8 +24,7 @@ def open_image(source: ImageSource, what: str = "image") -> Image.Image:
 
     what: its name in messages. InputError if it is missing, unreadable, truncated or absurdly large.
     """
-    path = fspath(source) if isinstance(source, (str, PathLike)) else getattr(source, "name", None)
-    name = f"{what} {path}" if path else f"the {what}"
+    name = f"{what} {fspath(source)}" if isinstance(source, (str, PathLike)) else f"the {what}"
     if not isinstance(source, (Image.Image, str, PathLike)) and not hasattr(source, "read"):
         raise InputError(f"{what} must be a path or a PIL image, not {type(source).__name__}")
     try:

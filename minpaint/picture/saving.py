@@ -9,13 +9,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from io import BytesIO
-from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,13 +24,10 @@ from minpaint.picture.image import ImageSource, open_image
 Record = dict[str, Any]
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; libjpeg's and the format's limits
-REHEARSED = 64  # pixels on the longer side, at most, of the copy that `rehearse` writes
 OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
-    "TIFF": {"compression": "raw"},  # not the original's, which may be lossy, or refuse the metadata
     "WEBP": {"lossless": True, "exact": True},
 }
-HIDDEN = ".minpaint-"  # how the names of files begin that are not written to their end
 RECORD = "minpaint"  # keyword of the record's PNG text chunk, and a key of every record
 NO_TEXT = (RECORD, "XML:com.adobe.xmp")  # text chunks that are not carried over as they are
 EXIF_FOLDER, GPS_FOLDER, USER_COMMENT, ASCII = 0x8769, 0x8825, 0x9286, b"ASCII\0\0\0"
@@ -62,37 +55,19 @@ class Receipt:
         return f"changed pixels outside: {self.changed} of {self.outside}" + ("" if self.lossless else lossy)
 
 
-def rehearse(target: Path, frame: Frame, record: Record | None) -> None:
-    """Find out before the painting whether a file can hold it: write a small copy of the original as it will be.
-
-    Raises:
-        InputError: the picture is too large for the format, or a copy in its mode, with its metadata and
-            a record like this one, cannot be written, or does not come back as it was.
-    """
-    kind, size = FORMATS[target.suffix.lower()], frame.original.size
+def check_target(target: Path, size: tuple[int, int]) -> None:
+    """InputError if the format of a file cannot hold a picture of this size."""
+    kind = FORMATS[target.suffix.lower()]
     if max(size) > LONGEST_SIDE.get(kind, max(size)):
         raise InputError(f"output {target}: {kind} holds up to {LONGEST_SIDE[kind]} pixels a side; use .png or .tif")
-    scale = min(REHEARSED / max(size), 1.0)
-    width, height = (max(int(side * scale), 1) for side in size)
-    small = frame.original.resize((width, height), Image.Resampling.NEAREST)
-    kept, content = replace(frame, original=small, cover=Image.new("L", small.size)), BytesIO()
-    try:
-        _write(small.copy(), kept, record, kind, content)
-        _compare(content, kept, kind)
-    except Exception as error:  # whatever Pillow and its libraries raise
-        if isinstance(error, MinpaintError) or getattr(error, "errno", None):
-            raise  # not the format's fault
-        told = f"a {kind} file cannot hold this picture with its metadata ({error}); use .png"
-        raise InputError(f"output {target}: {told}{'' if record is None else ', or --no-record'}") from None
 
 
 def save(image: Image.Image, frame: Frame | None, record: Record | None, target: Path | BinaryIO) -> Receipt | None:
     """Write a painting to a file, or as PNG to a stream, once it has been read back and compared.
 
     A file is written beside its target and renamed, so that a killed run leaves no half picture,
-    and one that did not keep what it should is never left behind. Where the target is a link, the
-    file that it points to is replaced. Without a frame nothing is compared, no metadata carried over,
-    and there is no receipt.
+    and one that did not keep what it should is never left behind. Without a frame nothing is
+    compared, no metadata carried over, and there is no receipt.
 
     Raises:
         MinpaintError: a pixel outside the hole has changed although the format is lossless.
@@ -104,66 +79,16 @@ def save(image: Image.Image, frame: Frame | None, record: Record | None, target:
         target.write(content.getvalue())
         target.flush()
         return receipt
-    kind, place = FORMATS[target.suffix.lower()], target.resolve()
-    with _file_beside(place) as file:
-        _write(image, frame, record, kind, file)
-        file.flush()
-        receipt = None if frame is None else _compare(Path(file.name), frame, kind)
-        if os.name == "nt":  # which does not rename an open file
-            file.close()
-        os.replace(file.name, place)
+    kind = FORMATS[target.suffix.lower()]
+    beside = target.with_name(f".{target.stem}-{secrets.token_hex(4)}{target.suffix}")
+    try:
+        with beside.open("xb") as file:
+            _write(image, frame, record, kind, file)
+        receipt = None if frame is None else _compare(beside, frame, kind)
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
     return receipt
-
-
-def rescue(image: Image.Image, target: Path) -> Path | None:
-    """Write a painting that could not be saved as PNG beside its target, or else into the temporary folder.
-
-    Returns where it is; None if it could not be written there either.
-    """
-    for folder in (target.resolve().parent, Path(tempfile.gettempdir())):
-        name = target.stem.strip("-")[:100] or "minpaint"
-        places = (folder / f"{name}-rescued{number or ''}.png" for number in count())
-        with suppress(Exception):
-            place = next(place for place in places if not place.exists())
-            save(image, None, None, place)
-            return place
-    return None
-
-
-@contextmanager
-def _file_beside(target: Path) -> Iterator[BinaryIO]:
-    """A new hidden file in a target's folder, to be renamed to it; it is gone in the end.
-
-    A killed process leaves its file behind, and the next one that writes into the folder removes it. It knows
-    the files of living processes by their locks, which the system releases when a process ends.
-    """
-    for left in target.parent.glob(f"{HIDDEN}*"):
-        with suppress(OSError), left.open("rb") as file:
-            if _lock(file):
-                left.unlink()
-    while True:
-        path = target.with_name(f"{HIDDEN}{secrets.token_hex(4)}{target.suffix}")
-        with path.open("xb") as file:
-            try:
-                # another process may have taken it for a dead one's before it was locked
-                if _lock(file) and path.exists():
-                    yield file
-                    return
-            finally:
-                path.unlink(missing_ok=True)
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Lock a file for this process; False if another one holds it. Where there are no such locks (Windows), True."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def read_record(source: ImageSource) -> Record:
@@ -179,8 +104,7 @@ def read_record(source: ImageSource) -> Record:
     except ValueError:
         record = None
     if not isinstance(record, dict) or RECORD not in record:
-        name = getattr(source, "name", source)
-        raise InputError(f"{name} holds no record of a painting; only files that minpaint wrote do")
+        raise InputError(f"{source} holds no record of a painting; only files that minpaint wrote do")
     return record
 
 
@@ -212,12 +136,7 @@ def _exif(original: Image.Image) -> Image.Exif:
 
 
 def _fit(image: Image.Image, kind: str) -> Image.Image:
-    """The picture in a mode its format takes. JPEG has no transparency, which goes on white.
-
-    A colour that stands for transparent, or a palette's transparency, needs PNG, or becomes an alpha channel.
-    """
-    if kind != "PNG" and "transparency" in image.info:
-        image = image.convert("RGBA")
+    """The picture in a mode its format takes: JPEG has no transparency, which goes on white."""
     if kind != "JPEG" or image.mode in ("1", "L", "RGB"):
         return image
     clear = image.convert("RGBA")
@@ -231,8 +150,7 @@ def _compare(file: Path | BytesIO, frame: Frame, kind: str) -> Receipt:
         if saved.size != original.size:
             raise MinpaintError(f"the file came out as {saved.size}, not {original.size}; nothing was written")
         modes = {saved.mode, original.mode}
-        mixed = len(modes) > 1 or "P" in modes or "transparency" in original.info
-        mode = "RGBA" if mixed else "L" if modes == {"1"} else saved.mode
+        mode = "RGBA" if len(modes) > 1 or "P" in modes else "L" if modes == {"1"} else saved.mode
         differences = ImageChops.difference(saved.convert(mode), original.convert(mode)).split()
     counts = reduce(ImageChops.lighter, differences).histogram(ImageChops.invert(frame.touched.convert("L")))[:256]
     largest = max((level for level in range(256) if counts[level]), default=0)
