@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -176,8 +177,12 @@ def test_a_fault_while_writing_is_exit_code_1_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full_disk(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+    save = Image.Image.save
+
+    def full_disk(self: Image.Image, file: object, *rest: object, **options: object) -> None:
+        if not isinstance(file, io.BytesIO):
+            raise OSError(28, "No space left on device")
+        save(self, file, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
     before = files(tmp_path)
@@ -185,6 +190,8 @@ def test_a_fault_while_writing_is_exit_code_1_and_leaves_nothing(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "No space left" in err
+    assert "out.png" in err
+    assert "the painting is lost" in err  # the temporary folder is as full
     assert files(tmp_path) == before
 
 
@@ -201,7 +208,7 @@ def test_a_killed_run_leaves_no_file(command: Callable[..., list[str]], tmp_path
     time.sleep(0.5)
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
-    assert run.returncode == 1
+    assert run.returncode == 130
     assert err.strip().splitlines()[-1].startswith("minpaint: error: stopped")
     assert "Traceback" not in err
     assert files(tmp_path) == before
@@ -323,14 +330,18 @@ def test_a_file_that_does_not_keep_what_it_should_is_never_left_behind(
     save = Image.Image.save
 
     def faulty(self: Image.Image, *rest: object, **options: object) -> None:
-        self.putpixel((0, 36), (1, 2, 3))
+        if self.size == (50, 37):
+            self.putpixel((0, 36), (1, 2, 3))
         save(self, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Image.Image, "save", faulty)
     before = files(tmp_path)
     assert main(command("--quiet")) == 1
-    assert "changed pixels outside: 1 of" in capsys.readouterr().err
-    assert files(tmp_path) == before
+    err = capsys.readouterr().err
+    assert "changed pixels outside: 1 of" in err
+    [rescued] = files(tmp_path) - before
+    assert re.fullmatch(r"out-rescued-[0-9a-f]{8}\.png", rescued)
+    assert err.endswith(f"the painting is in {tmp_path / rescued}\n")
 
 
 def test_without_a_mask_the_transparent_part_is_painted(command: Callable[..., list[str]], tmp_path: Path) -> None:

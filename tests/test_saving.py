@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tempfile
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -68,16 +69,24 @@ def test_transparency_goes_on_white_in_a_jpeg(tmp_path: Path) -> None:
         assert min(saved.getpixel((49, 0))) > 240  # type: ignore[arg-type]
 
 
-def test_one_changed_pixel_outside_is_an_error_and_nothing_is_written(tmp_path: Path) -> None:
+def test_one_changed_pixel_outside_is_an_error_and_nothing_is_written_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     frame = frame_of(make_picture(50, 37))
     wrong = painted(frame)
     red, green, blue = wrong.getpixel((49, 36))  # type: ignore[misc]
     wrong.putpixel((49, 36), (red, green, blue ^ 1))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
     for target in (tmp_path / "x.png", BytesIO()):
-        with pytest.raises(MinpaintError, match="changed pixels outside: 1 of"):
+        with pytest.raises(MinpaintError, match="changed pixels outside: 1 of") as caught:
             save(wrong, frame, None, target)
+        rescued = Path(str(caught.value).split("the painting is in ")[1])
+        with Image.open(rescued) as image:
+            assert image.tobytes() == wrong.tobytes()
+        rescued.unlink()
     assert target.getvalue() == b""  # type: ignore[union-attr]
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("*.*")) == list((tmp_path / "tmp").iterdir()) == []
     inside = painted(frame)
     inside.putpixel((15, 15), (0, 0, 0))
     assert save(inside, frame, None, tmp_path / "x.png").changed == 0
@@ -194,7 +203,11 @@ def test_a_preview_of_the_old_picture_is_not_carried_over(tmp_path: Path) -> Non
 
 
 def test_a_format_too_small_for_the_picture_is_said_beforehand() -> None:
+    def check(name: str, width: int) -> None:
+        strip = Image.new("L", (width, 1), 255)
+        check_target(Path(name), Frame(strip, strip, strip, strip, opaque=False), RECORD)
+
     with pytest.raises(InputError, match="WEBP holds up to 16383"):
-        check_target(Path("x.webp"), (16384, 1))
-    check_target(Path("x.webp"), (16383, 1))
-    check_target(Path("x.png"), (16384, 1))
+        check("x.webp", 16384)
+    check("x.webp", 16383)
+    check("x.png", 16384)

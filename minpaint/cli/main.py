@@ -1,18 +1,23 @@
 """The command line: `python -m minpaint VERB`, where each verb is a function in a module beside this one.
 
-Exit codes: 0 done; 2 bad usage or bad input; 3 the budget cannot hold; 1 anything else.
+Exit codes: 0 done; 2 bad usage or bad input; 3 the budget cannot hold; 130 stopped by Ctrl-C, 143 by SIGTERM;
+1 anything else.
 Messages go to stderr; stdout is for what plan, info and --json print, and nothing else.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from pkgutil import resolve_name
 
-from minpaint.cli.options import Note, parse
+from minpaint.cli.options import STREAM, Note, parse
 from minpaint.errors import BudgetError, CheckpointError, InputError, MinpaintWarning
 
 VERBS = {None: "demo:demo", "paint": "paint:paint", "plan": "plan:plan", "info": "paint:info"}
@@ -20,35 +25,67 @@ VERBS = {None: "demo:demo", "paint": "paint:paint", "plan": "plan:plan", "info":
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line with these arguments, or the process's own; returns the exit code."""
+    before = None
+    if threading.current_thread() is threading.main_thread():  # no other may
+        before = signal.signal(signal.SIGTERM, _stop)
+    code, message = 0, ""
     try:
-        started = time.perf_counter()
-        options = parse(arguments)
-        options.started, quiet = started, getattr(options, "quiet", False)
-        note: Note = (lambda line: None) if quiet else _say
-        if options.verb == "paint" and options.model is None:
-            note("no --model given: using tiny, the bundled toy model")
-        # the libraries read these variables when they are imported, and then keep their own messages to themselves
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-        if quiet:
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        with warnings.catch_warnings():  # our own warnings become one line each, and no others are shown
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("always", MinpaintWarning)
-            warnings.showwarning = lambda message, *_: note(f"note: {message}")
-            # imported only now: the libraries take seconds, which --help and bad usage need not wait for
-            resolve_name(f"minpaint.cli.{VERBS[options.verb]}")(options, note)
-        return 0
+        _run(arguments)
     except BrokenPipeError:  # whoever read stdout has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        message, code = "stopped; nothing half-written is left", 1
+        code = 1
+    except KeyboardInterrupt as stop:
+        code, message = 128 + (stop.args or (signal.SIGINT,))[0], "stopped; nothing half-written is left"
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
-        code = 3 if isinstance(error, BudgetError) else 2 if isinstance(error, (InputError, CheckpointError)) else 1
-    _say(f"error: {message}")
+        bad_name = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+        bad_input = bad_name or isinstance(error, (InputError, CheckpointError))
+        code = 3 if isinstance(error, BudgetError) else 2 if bad_input else 1
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:  # and so that the interpreter does not try again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code, message = code or 1, message or ("" if isinstance(error, BrokenPipeError) else f"stdout: {error}")
+    if message:
+        _say(f"error: {message}")
     return code
+
+
+def _stop(number: int, frame: object) -> None:
+    """Stop at SIGTERM as at Ctrl-C; another one ends the process at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt(number)
+
+
+def _run(arguments: list[str] | None) -> None:
+    started = time.perf_counter()
+    if None in (sys.stdin, sys.stdout, sys.stderr):  # a file opened now would get the number of a closed stream
+        while os.open(os.devnull, os.O_RDWR) <= 2:
+            pass
+        sys.stderr = sys.stderr or os.fdopen(2, "w")
+    options = parse(arguments)
+    options.started, quiet = started, getattr(options, "quiet", False)
+    printed = options.verb in ("plan", "info") or getattr(options, "json", False)
+    if sys.stdout is None and (printed or getattr(options, "output", None) == STREAM):
+        raise InputError("stdout is closed, where the result is to be written; leave it open")
+    note: Note = (lambda line: None) if quiet else _say
+    if options.verb == "paint" and options.model is None:
+        note("no --model given: using tiny, the bundled toy model")
+    # the libraries read these variables when they are imported, and then keep their own messages to themselves
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
+    if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with warnings.catch_warnings():  # our own warnings become one line each, and no others are shown
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", MinpaintWarning)
+        warnings.showwarning = lambda message, *_: note(f"note: {message}")
+        # imported only now: the libraries take seconds, which --help and bad usage need not wait for
+        resolve_name(f"minpaint.cli.{VERBS[options.verb]}")(options, note)
 
 
 def _say(line: str) -> None:
