@@ -65,6 +65,8 @@ def open_image(source: ImageSource, what: str = "image") -> Image.Image:
         told: dict[type[Exception], str] = {UnidentifiedImageError: "not a picture that Pillow can read"}
         told[Image.DecompressionBombError] = f"too many pixels ({error})"
         raise InputError(f"{name}: {told.get(type(error), f'damaged or truncated ({error!r})')}") from None
+    if image.mode == "LAB":  # which Pillow opens but converts to nothing
+        raise InputError(f"{name}: its colours are CIE LAB, which cannot be painted in; save it as RGB")
     if several and image is not source:
         warnings.warn(f"{name} holds several pictures; the first is used", MinpaintWarning, stacklevel=2)
     return image
