@@ -25,9 +25,8 @@ VERBS = {None: "demo:demo", "paint": "paint:paint", "plan": "plan:plan", "info":
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line with these arguments, or the process's own; returns the exit code."""
-    before = None
-    if threading.current_thread() is threading.main_thread():  # no other may
-        before = signal.signal(signal.SIGTERM, _stop)
+    stops = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, _stop) for number in stops}
     code, message = 0, ""
     try:
         _run(arguments)
@@ -41,8 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         bad_input = bad_name or isinstance(error, (InputError, CheckpointError))
         code = 3 if isinstance(error, BudgetError) else 2 if bad_input else 1
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():  # the process's own run has ended, and what it says now holds
+            signal.signal(number, signal.SIG_IGN if arguments is None else handler)
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -55,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _stop(number: int, frame: object) -> None:
-    """Stop at SIGTERM as at Ctrl-C; another one ends the process at once."""
+    """Stop at Ctrl-C or SIGTERM; another one ends the process at once."""
     signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt(number)
 
