@@ -141,7 +141,7 @@ def try_case(number: int, seed: int, folder: Path) -> str:
         _one_line(error)
     try:
         image = open_image(BytesIO(data))
-        frame = open_frame(BytesIO(data), None if number % 3 == 0 else good.resize(image.size), Settings("", feather=1))
+        frame = open_frame(BytesIO(data), None if number % 3 == 0 else good.resize(image.size), Settings(""))
     except InputError as error:
         _one_line(error)
         return "refused"

@@ -12,28 +12,29 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 import warnings
+from contextlib import suppress
 from pkgutil import resolve_name
 
 from minpaint.cli.options import STREAM, Note, parse
 from minpaint.errors import BudgetError, CheckpointError, InputError, MinpaintWarning
 
+STOPPED = "stopped; nothing half-written is left"
 VERBS = {None: "demo:demo", "paint": "paint:paint", "plan": "plan:plan", "info": "paint:info"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line with these arguments, or the process's own; returns the exit code."""
-    stops = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, _stop) for number in stops}
-    code, message = 0, ""
+    before, code, message = {}, 0, ""
     try:
-        _run(arguments)
+        with suppress(ValueError):  # only the main thread may
+            before = {number: signal.signal(number, _leave) for number in (signal.SIGINT, signal.SIGTERM)}
+        _run(arguments, stoppable=bool(before))
     except BrokenPipeError:  # whoever read stdout has seen enough
         code = 1
     except KeyboardInterrupt as stop:
-        code, message = 128 + (stop.args or (signal.SIGINT,))[0], "stopped; nothing half-written is left"
+        code, message = 128 + (stop.args or (signal.SIGINT,))[0], STOPPED
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
         bad_name = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
@@ -53,13 +54,19 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
+def _leave(number: int, frame: object) -> None:
+    """End at Ctrl-C or SIGTERM while libraries are imported: there is nothing to tidy up, and torch aborts if it fails."""
+    _say(f"error: {STOPPED}")
+    os._exit(128 + number)
+
+
 def _stop(number: int, frame: object) -> None:
-    """Stop at Ctrl-C or SIGTERM; another one ends the process at once."""
+    """Stop a verb at Ctrl-C or SIGTERM, and let it tidy up; another signal ends the process at once."""
     signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt(number)
 
 
-def _run(arguments: list[str] | None) -> None:
+def _run(arguments: list[str] | None, stoppable: bool) -> None:
     started = time.perf_counter()
     if None in (sys.stdin, sys.stdout, sys.stderr):  # a file opened now would get the number of a closed stream
         while os.open(os.devnull, os.O_RDWR) <= 2:
@@ -84,7 +91,10 @@ def _run(arguments: list[str] | None) -> None:
         warnings.simplefilter("always", MinpaintWarning)
         warnings.showwarning = lambda message, *_: note(f"note: {message}")
         # imported only now: the libraries take seconds, which --help and bad usage need not wait for
-        resolve_name(f"minpaint.cli.{VERBS[options.verb]}")(options, note)
+        verb = resolve_name(f"minpaint.cli.{VERBS[options.verb]}")
+        for number in (signal.SIGINT, signal.SIGTERM) if stoppable else ():
+            signal.signal(number, _stop)
+        verb(options, note)
 
 
 def _say(line: str) -> None:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, fields
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +23,7 @@ from minpaint.settings import HOLE, MACHINE, MODEL, WHAT, Settings
 
 Note = Callable[[str], None]  # says one line on stderr; with --quiet it says nothing
 STREAM = "-"  # stdin as an input, stdout as the output
+LARGEST_FILE = 1 << 30  # bytes of an input that are read; the pixels that Pillow accepts take less, uncompressed
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of the files that can be written
 WRITTEN = f"{', '.join(SUFFIXES)}; {{seed}} stands for the seed; - is stdout"
 MODELS = "tiny, sd15, sd2, owner/name[@revision] of the hub, a folder or a .safetensors file (default: tiny)"
@@ -135,27 +136,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def source(file: str, what: str) -> BytesIO:
     """The content of a file or of stdin, read once, so that the record tells the SHA-256 of what was painted in."""
-    if file != STREAM:
-        from minpaint.picture.image import read_file
-
-        return read_file(file, what)
-    if sys.stdin is None:
+    if file == STREAM and sys.stdin is None:
         raise InputError(f"{what} -: stdin is closed; name a file")
-    return BytesIO(sys.stdin.buffer.read())
+    try:
+        with open(file, "rb") if file != STREAM else nullcontext(sys.stdin.buffer) as opened:
+            content = BytesIO(opened.read(LARGEST_FILE))
+    except (OSError, ValueError) as error:
+        told = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise InputError(f"{what} {file}: {told}") from None
+    content.name = file
+    return content
 
 
 @contextmanager
 def without_chatter() -> Iterator[None]:
-    """Keep off stderr what a C library prints there itself, as libtiff does for a damaged file; warnings come after."""
+    """Keep off stderr what C libraries print there themselves, as libtiff does for a damaged file; warnings follow."""
     stderr = os.dup(2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    try:
-        with warnings.catch_warnings(record=True) as told:
+    with open(os.devnull) as nothing, warnings.catch_warnings(record=True) as held:
+        os.dup2(nothing.fileno(), 2)
+        try:
             yield
-    finally:
-        os.dup2(stderr, 2)
-    for warning in told:
-        warnings.warn(warning.message, stacklevel=2)
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+    for warning in held:
+        warnings.warn(warning.message, stacklevel=3)
 
 
 def _targets(options: argparse.Namespace, seeds: range) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from io import BytesIO
 from os import PathLike, fspath
 from typing import BinaryIO
 
@@ -17,7 +16,6 @@ from minpaint.errors import InputError, MinpaintWarning
 ImageSource = Image.Image | str | PathLike[str] | BinaryIO
 KEPT_MODES = ("RGB", "RGBA", "L", "LA", "1", "P")
 SPARE = 16  # unused entries that a palette must have to take new colours
-LARGEST_FILE = 1 << 30  # bytes; all the pixels that Pillow accepts take less, without compression
 GAP = 4  # pixels between the pictures of a strip
 
 
@@ -25,21 +23,6 @@ def name_of(source: ImageSource, what: str) -> str:
     """What messages call a picture: by its file, where it comes from one."""
     name = fspath(source) if isinstance(source, (str, PathLike)) else getattr(source, "name", None)
     return f"the {what}" if name is None else f"{what} {name}"
-
-
-def read_file(file: str | PathLike[str], what: str = "image") -> BytesIO:
-    """The content of a file, and its name; InputError if it cannot be read or is larger than pictures are."""
-    name = name_of(file, what)
-    try:
-        with open(file, "rb") as opened:
-            content = BytesIO(opened.read(LARGEST_FILE + 1))
-    except (OSError, ValueError) as error:
-        told = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-        raise InputError(f"{name}: {told}") from None
-    if content.getbuffer().nbytes > LARGEST_FILE:
-        raise InputError(f"{name}: larger than {LARGEST_FILE >> 20} MiB; make the picture smaller")
-    content.name = fspath(file)
-    return content
 
 
 def open_image(source: ImageSource, what: str = "image") -> Image.Image:
@@ -50,9 +33,8 @@ def open_image(source: ImageSource, what: str = "image") -> Image.Image:
     if not isinstance(source, (Image.Image, str, PathLike)) and not hasattr(source, "read"):
         raise InputError(f"{what} must be a path or a PIL image, not {type(source).__name__}")
     name = name_of(source, what)
-    opened = read_file(source, what) if isinstance(source, (str, PathLike)) else source
     try:
-        image = opened if isinstance(opened, Image.Image) else Image.open(opened)
+        image = source if isinstance(source, Image.Image) else Image.open(source)
         several = getattr(image, "is_animated", False) and image.format != "MPO"  # whose other pictures are previews
         image.load()
         if image is not source:
@@ -61,10 +43,11 @@ def open_image(source: ImageSource, what: str = "image") -> Image.Image:
                 image.info["exif"] = exif.tobytes()
             image = ImageOps.exif_transpose(image)
         image = to_eight_bits(image)
-    except Exception as error:  # whatever Pillow's readers raise for a damaged file
-        told: dict[type[Exception], str] = {UnidentifiedImageError: "not a picture that Pillow can read"}
+    except Exception as error:  # Pillow's readers raise many kinds for a damaged file
+        told: dict[type[Exception], str] = {FileNotFoundError: "no such file"}
+        told[UnidentifiedImageError] = "not a picture that Pillow can read"
         told[Image.DecompressionBombError] = f"too many pixels ({error})"
-        raise InputError(f"{name}: {told.get(type(error), f'damaged or truncated ({error!r})')}") from None
+        raise InputError(f"{name}: {told.get(type(error), f'cannot be read, or is damaged ({error!r})')}") from None
     if image.mode == "LAB":  # which Pillow opens but converts to nothing
         raise InputError(f"{name}: its colours are CIE LAB, which cannot be painted in; save it as RGB")
     if several and image is not source:

@@ -123,8 +123,8 @@ def _rescue(image: Image.Image, target: Path | BinaryIO) -> str:
                 bare.save(content, "PNG")
             return f"the painting is in {file}"
         except Exception as error:
-            failure = f"{failure}; {error}"
-    return f"the painting is lost, as neither folder for it can be written{failure}"
+            failure += f" ({error})"
+    return f"the painting is lost, as no folder for it can be written{failure}"
 
 
 @contextmanager
