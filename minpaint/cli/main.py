@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _leave(number: int, frame: object) -> None:
-    """End at Ctrl-C or SIGTERM while libraries are imported: there is nothing to tidy up, and torch aborts if it fails."""
+    """End at Ctrl-C or SIGTERM while libraries are imported: nothing needs tidying, and torch aborts if that fails."""
     _say(f"error: {STOPPED}")
     os._exit(128 + number)
 
