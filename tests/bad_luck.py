@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -108,15 +109,16 @@ class Victim:
         assert not self.unfinished(), self.unfinished()
 
 
-def strikes(folder: Path, number: signal.Signals, times: int, seed: int) -> Counter[str]:
-    """So many runs struck by a signal, every other one while it writes, and one whole run after them."""
+def strikes(folder: Path, times: dict[signal.Signals, int], seed: int) -> Iterator[str]:
+    """So many runs struck by each signal, every other one while it writes; and a whole run at the end."""
     victim, rng = Victim(folder), random.Random(seed)
-    ends: Counter[str] = Counter()
-    for moment in range(times):
-        ends[victim.strike(number, rng, while_writing=moment % 2 == 0)] += 1
-    assert all(name.endswith(UNFINISHED) for name in victim.unfinished())
+    for number, moments in times.items():
+        ends = Counter(victim.strike(number, rng, while_writing=moment % 2 == 0) for moment in range(moments))
+        yield f"{number.name} at {moments} moments: {dict(ends)}"
+    left = victim.unfinished()
+    assert all(name.endswith(UNFINISHED) for name in left)
     victim.finish()
-    return ends
+    yield f"the next run cleared what was left ({len(left)})"
 
 
 def main() -> None:
@@ -125,10 +127,10 @@ def main() -> None:
     parser.add_argument("--stops", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    for number, times in (("SIGTERM", options.stops), ("SIGINT", options.stops), ("SIGKILL", options.kills)):
-        with tempfile.TemporaryDirectory() as folder:
-            ends = strikes(Path(folder), signal.Signals[number], times, options.seed)
-            print(f"{number} at {times} moments: {dict(ends)}; the next run cleared what was left", flush=True)
+    times = {signal.SIGTERM: options.stops, signal.SIGINT: options.stops, signal.SIGKILL: options.kills}
+    with tempfile.TemporaryDirectory() as folder:
+        for told in strikes(Path(folder), times, options.seed):
+            print(told, flush=True)
 
 
 if __name__ == "__main__":
