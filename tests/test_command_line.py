@@ -622,6 +622,15 @@ def test_a_closed_stream_is_said(
     assert f"{closed} is closed" in err
 
 
+def test_a_name_that_is_no_text_can_be_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file's name can hold any bytes, and Python keeps those that are no UTF-8 as lone surrogates."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("minpaint", json.dumps({"minpaint": "0", "image": "photo\udcff.png"}))
+    make_picture().save(tmp_path / "x.png", pnginfo=text)
+    assert main(["info", str(tmp_path / "x.png")]) == 0
+    assert "image: photo\\udcff.png" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_nothing_is_written_to_a_file_in_place_of_a_closed_stream(
     command: Callable[..., list[str]], tmp_path: Path
@@ -683,6 +692,27 @@ def test_a_stdout_that_closes_does_not_cost_the_painting(
     assert err.startswith("minpaint: error: output -: [Errno 32] Broken pipe; the painting is in ")
     with Image.open(err.split("the painting is in ")[1].strip()) as image:
         assert image.size == (50, 37)
+
+
+@pytest.mark.parametrize("name", [1, [], "a\0b"], ids=repr)
+@pytest.mark.parametrize("option", ["image", "mask", "model", "config", "dtype"])
+def test_a_damaged_record_is_bad_input(
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    name: object,
+) -> None:
+    """A number as a name would be taken for that of an open file, and closed."""
+    paths = {key: str(tmp_path / f"{key}.png") for key in ("image", "mask")}
+    text = PngImagePlugin.PngInfo()
+    text.add_text("minpaint", json.dumps({"minpaint": "0", "prompt": "a dog", "steps": 1} | paths | {option: name}))
+    make_picture().save(tmp_path / "old.png", pnginfo=text)
+    make_picture().save(paths["image"])
+    make_mask().save(paths["mask"])
+    assert main(["paint", "--like", str(tmp_path / "old.png"), "-o", str(tmp_path / "out.png"), "--quiet"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    os.fstat(1)
 
 
 def test_nothing_depends_on_the_clock(

@@ -120,6 +120,17 @@ def test_a_file_without_a_record_is_said(text: str | None, tmp_path: Path) -> No
         read_record(tmp_path / "x.png")
 
 
+def test_a_record_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    deep, number = PngImagePlugin.PngInfo(), Image.Exif()
+    deep.add_text("minpaint", "[" * 100_000)
+    make_picture(9, 9).save(tmp_path / "deep.png", pnginfo=deep)
+    number.get_ifd(0x8769)[0x9286] = 1 << 31  # as many zeros, if it was taken for a length
+    make_picture(9, 9).save(tmp_path / "number.png", exif=number)
+    for name in ("deep.png", "number.png"):
+        with pytest.raises(InputError, match=f"file .*{name} holds no record"):
+            read_record(tmp_path / name)
+
+
 @pytest.fixture
 def photo(tmp_path: Path) -> dict[str, Path]:
     """The same picture with the same metadata in several formats."""

@@ -67,7 +67,7 @@ OPTIONS: list[Option] = [
     *_settings(MACHINE),
     (MACHINE, "--json", "print one JSON object on stdout", SWITCH),
     (MACHINE, "--quiet", "no progress and no messages but errors", SWITCH),
-    (MACHINE, "--overwrite", "replace outputs that exist", SWITCH),
+    (MACHINE, "--overwrite", "replace outputs that exist, --image itself if named", SWITCH),
     (MACHINE, "--record", "keep what repeats the run in the file (default: on)", {**ON_OFF, "default": True}),
 ]
 PLANNED = ("--model", "--config", "--guidance", "--count", "--device", "--dtype", "--budget", "--json")
@@ -123,6 +123,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
         with without_chatter():
             record = read_record(source(options.like, "file"))
+        for name in ("model", "config", "image", "mask", "dtype"):
+            if not isinstance(record.get(name, ""), (str, type(None))):
+                raise InputError(f"the record in {options.like} is damaged: {name} is no text; leave out --like")
         options = make_parser(record).parse_args(arguments)
     for name in ("image", "prompt"):
         if getattr(options, name) is None:
@@ -190,8 +193,10 @@ def _identity(file: str | Path) -> object:
     """The same for all names of one file, by links or, where a folder may not tell them apart, by case."""
     try:
         found = os.stat(file)
-    except (OSError, ValueError):
+    except OSError:
         return os.path.realpath(file).casefold()
+    except ValueError:  # no file can have this name
+        return file
     return found.st_dev, found.st_ino
 
 

@@ -69,7 +69,8 @@ def info(options: Namespace, note: Note) -> None:
     with without_chatter():
         record = read_record(source(options.file, "file"))
     lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in record.items()]
-    print(json.dumps(record) if options.json else "\n".join(lines))
+    text = "\n".join(lines).encode(errors="backslashreplace").decode()  # names of files can be no text
+    print(json.dumps(record) if options.json else text)
 
 
 def _paint(painter: Painter, frame: Frame, options: Namespace) -> list[Painting]:

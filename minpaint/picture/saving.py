@@ -157,14 +157,14 @@ def _beside(target: Path, overwrite: bool) -> Iterator[BinaryIO]:
 def read_record(source: ImageSource) -> Record:
     """The record in a file that minpaint wrote; InputError if there is none."""
     image = open_image(source)
-    text = image.info.get(RECORD)
-    if text is None:
-        comment = image.getexif().get_ifd(EXIF_FOLDER).get(USER_COMMENT, b"")
-        comment = comment.encode("latin-1", "replace") if isinstance(comment, str) else bytes(comment)
-        text = comment.removeprefix(ASCII).decode("ascii", "replace")
     try:
+        text = image.info.get(RECORD)
+        if text is None:
+            comment = image.getexif().get_ifd(EXIF_FOLDER)[USER_COMMENT]
+            comment = comment.encode("latin-1", "replace") if isinstance(comment, str) else memoryview(comment)
+            text = bytes(comment).removeprefix(ASCII).decode("ascii", "replace")
         record = json.loads(text)
-    except ValueError:
+    except Exception:  # there is none, the EXIF is damaged, or it is nested too deeply
         record = None
     if not isinstance(record, dict) or RECORD not in record:
         raise InputError(f"{name_of(source, 'file')} holds no record of a painting; only files that minpaint wrote do")
