@@ -6,10 +6,13 @@ Nothing heavy is imported here, so that `--help` and bad usage are answered at o
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, fields
 from io import BytesIO
 from pathlib import Path
@@ -20,8 +23,8 @@ from minpaint.errors import InputError
 from minpaint.settings import HOLE, MACHINE, MODEL, WHAT, Settings
 
 Note = Callable[[str], None]  # says one line on stderr; with --quiet it says nothing
-Source = str | BytesIO  # a file to read, or the content of stdin
 STREAM = "-"  # stdin as an input, stdout as the output
+LARGEST_FILE = 1 << 30  # bytes of an input that are read; the pixels that Pillow accepts take less, uncompressed
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of the files that can be written
 WRITTEN = f"{', '.join(SUFFIXES)}; {{seed}} stands for the seed; - is stdout"
 MODELS = "tiny, sd15, sd2, owner/name[@revision] of the hub, a folder or a .safetensors file (default: tiny)"
@@ -65,7 +68,7 @@ OPTIONS: list[Option] = [
     *_settings(MACHINE),
     (MACHINE, "--json", "print one JSON object on stdout", SWITCH),
     (MACHINE, "--quiet", "no progress and no messages but errors", SWITCH),
-    (MACHINE, "--overwrite", "replace outputs that exist", SWITCH),
+    (MACHINE, "--overwrite", "replace outputs that exist, --image itself if named", SWITCH),
     (MACHINE, "--record", "keep what repeats the run in the file (default: on)", {**ON_OFF, "default": True}),
 ]
 PLANNED = ("--model", "--config", "--guidance", "--count", "--device", "--dtype", "--budget", "--json")
@@ -121,7 +124,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.like is not None:
         from minpaint.picture.saving import read_record
 
-        options = make_parser(read_record(source(options.like))).parse_args(arguments)
+        with without_chatter():
+            record = read_record(source(options.like, "file"))
+        for name in ("model", "config", "image", "mask", "dtype"):
+            if not isinstance(record.get(name, ""), (str, type(None))):
+                raise InputError(f"the record in {options.like} is damaged: {name} is no text; leave out --like")
+        options = make_parser(record).parse_args(arguments)
     for name in ("image", "prompt"):
         if getattr(options, name) is None:
             raise InputError(f"--{name} is missing; see python -m minpaint paint --help")
@@ -132,8 +140,33 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def source(file: str) -> Source:
-    return BytesIO(sys.stdin.buffer.read()) if file == STREAM else file
+def source(file: str, what: str) -> BytesIO:
+    """The content of a file or of stdin, read once, so that the record tells the SHA-256 of what was painted in."""
+    if file == STREAM and sys.stdin is None:
+        raise InputError(f"{what} -: stdin is closed; name a file")
+    try:
+        with open(file, "rb") if file != STREAM else nullcontext(sys.stdin.buffer) as opened:
+            content = BytesIO(opened.read(LARGEST_FILE))
+    except (OSError, ValueError) as error:
+        told = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise InputError(f"{what} {file}: {told}") from None
+    content.name = file
+    return content
+
+
+@contextmanager
+def without_chatter() -> Iterator[None]:
+    """Keep off stderr what C libraries print there themselves, as libtiff does for a damaged file; warnings follow."""
+    stderr = os.dup(2)
+    with open(os.devnull) as nothing, warnings.catch_warnings(record=True) as held:
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+    for warning in held:
+        warnings.warn(warning.message, stacklevel=3)
 
 
 def _targets(options: argparse.Namespace, seeds: range) -> list[Path]:
@@ -148,23 +181,39 @@ def _targets(options: argparse.Namespace, seeds: range) -> list[Path]:
         pattern = str(plain.with_name(f"{plain.stem}-{{seed}}{plain.suffix}"))
     targets = [Path(pattern.replace("{seed}", str(seed))) for seed in seeds]
     explained = [] if options.explain_mask is None else [Path(options.explain_mask)]
-    for file in [*explained, *(targets if pattern != STREAM else [])]:
+    # a painting may take the place of its own image, or of the painting that it repeats
+    given = {_identity(file) for file in (options.image, options.mask, options.like) if file is not None}
+    taken = set() if options.mask is None else {_identity(options.mask)}
+    for file in [*explained, *(dict.fromkeys(targets) if pattern != STREAM else ())]:  # of --best, all are the same
         _check_writable(file, options.overwrite)
-        if explained and file is not explained[0] and file.resolve() == explained[0].resolve():
-            raise InputError(f"output {file} is also the file of --explain-mask; name another")
+        if (identity := _identity(file)) in (taken | given if file in explained else taken):
+            raise InputError(f"output {file} is also another output, or an input; name another file")
+        taken.add(identity)
     return targets
+
+
+def _identity(file: str | Path) -> object:
+    """The same for all names of one file, by links or, where a folder may not tell them apart, by case."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return os.path.realpath(file).casefold()
+    except ValueError:  # no file can have this name
+        return file
+    return found.st_dev, found.st_ino
 
 
 def _check_writable(target: Path, overwrite: bool) -> None:
     if target.suffix.lower() not in SUFFIXES:
         raise InputError(f"output {target}: unknown kind of file; use {', '.join(SUFFIXES)}")
-    if target.is_dir():
-        raise InputError(f"output {target} is a folder; name a file in it")
-    if target.exists() and not overwrite:
-        raise InputError(f"output {target} exists; add --overwrite to replace it")
-    if not target.parent.is_dir():
-        raise InputError(f"output {target}: the folder {target.parent} does not exist; create it first")
     try:
-        tempfile.TemporaryFile(dir=target.parent).close()
-    except OSError as error:
-        raise InputError(f"output {target}: the folder {target.parent} is not writable ({error})") from None
+        if target.is_dir():
+            raise InputError(f"output {target} is a folder; name a file in it")
+        if target.exists() and not overwrite:
+            raise InputError(f"output {target} exists; add --overwrite to replace it")
+        folder = target.resolve().parent  # of a symbolic link, the one of the file that will be written
+        if not folder.is_dir():
+            raise InputError(f"output {target}: the folder {folder} does not exist; create it first")
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"output {target} cannot be written ({error}); name a file in another folder") from None

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import reduce
 from io import BytesIO
 from pathlib import Path
@@ -17,9 +20,14 @@ from typing import Any, BinaryIO
 
 from PIL import Image, ImageChops, PngImagePlugin
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks; there no file can be removed while it is open
+    fcntl = None  # type: ignore[assignment]
+
 from minpaint.errors import InputError, MinpaintError
 from minpaint.picture.frame import Frame
-from minpaint.picture.image import ImageSource, open_image
+from minpaint.picture.image import ImageSource, name_of, open_image
 
 Record = dict[str, Any]
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
@@ -27,7 +35,10 @@ LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; libjpeg's and the forma
 OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True, "exact": True},
+    "TIFF": {"compression": "raw"},  # Pillow would take the input's, which may be lossy or refuse the EXIF
 }
+REHEARSED = 16  # pixels a side of the piece of a picture that is saved to memory before the painting begins
+UNFINISHED = ".minpaint-part"  # ends the names of files that are being written
 RECORD = "minpaint"  # keyword of the record's PNG text chunk, and a key of every record
 NO_TEXT = (RECORD, "XML:com.adobe.xmp")  # text chunks that are not carried over as they are
 EXIF_FOLDER, GPS_FOLDER, USER_COMMENT, ASCII = 0x8769, 0x8825, 0x9286, b"ASCII\0\0\0"
@@ -55,60 +66,123 @@ class Receipt:
         return f"changed pixels outside: {self.changed} of {self.outside}" + ("" if self.lossless else lossy)
 
 
-def check_target(target: Path, size: tuple[int, int]) -> None:
-    """InputError if the format of a file cannot hold a picture of this size."""
-    kind = FORMATS[target.suffix.lower()]
-    if max(size) > LONGEST_SIDE.get(kind, max(size)):
+def check_target(target: Path, frame: Frame, record: Record | None, kept: bool = True) -> None:
+    """Rehearse `save` in memory with a small piece of the picture: InputError if the format cannot hold it.
+
+    kept: the frame will be given to `save`, too. A target without a known suffix is saved as PNG.
+    """
+    kind, (width, height) = FORMATS.get(target.suffix.lower(), "PNG"), frame.original.size
+    if max(width, height) > LONGEST_SIDE.get(kind, max(width, height)):
         raise InputError(f"output {target}: {kind} holds up to {LONGEST_SIDE[kind]} pixels a side; use .png or .tif")
+    left, top, *_ = frame.cover.getbbox() or (0, 0)
+    box = (left, top, min(left + REHEARSED, width), min(top + REHEARSED, height))
+    original, hole, cover = (picture.crop(box) for picture in (frame.original, frame.hole, frame.cover))
+    piece = replace(frame, original=original, hole=hole, cover=cover)
+    try:
+        image = piece.finish(piece.begin()) if kept else Image.new("RGB", original.size)
+        _write(image, piece if kept else None, record, kind, BytesIO())
+    except Exception as error:  # whatever Pillow's writers raise
+        told = f"output {target}: {kind} cannot hold this picture's metadata or record ({error})"
+        raise InputError(f"{told}; use another format, --no-record, or an image without metadata") from None
 
 
-def save(image: Image.Image, frame: Frame | None, record: Record | None, target: Path | BinaryIO) -> Receipt | None:
+def save(
+    image: Image.Image, frame: Frame | None, record: Record | None, target: Path | BinaryIO, overwrite: bool = True
+) -> Receipt | None:
     """Write a painting to a file, or as PNG to a stream, once it has been read back and compared.
 
     A file is written beside its target and renamed, so that a killed run leaves no half picture,
-    and one that did not keep what it should is never left behind. Without a frame nothing is
-    compared, no metadata carried over, and there is no receipt.
+    and one that did not keep what it should is never left there. Where the target is a symbolic
+    link, it stays one, and the file it points to is written. Without a frame nothing is compared,
+    no metadata carried over, and there is no receipt.
 
     Raises:
-        MinpaintError: a pixel outside the hole has changed although the format is lossless.
+        MinpaintError: the file cannot be written, exists and is not to be overwritten, or has a
+            changed pixel outside the hole although its format is lossless. The painting is saved
+            elsewhere then, and the message says where.
     """
-    if not isinstance(target, Path):
+    try:
+        if isinstance(target, Path):
+            with _beside(target.resolve(), overwrite) as file:
+                return _write(image, frame, record, FORMATS[target.suffix.lower()], file)
         content = BytesIO()
-        _write(image, frame, record, "PNG", content)
-        receipt = None if frame is None else _compare(content, frame, "PNG")
+        receipt = _write(image, frame, record, "PNG", content)
         target.write(content.getvalue())
         target.flush()
         return receipt
-    kind = FORMATS[target.suffix.lower()]
-    beside = target.with_name(f".{target.stem}-{secrets.token_hex(4)}{target.suffix}")
+    except Exception as error:
+        name = target if isinstance(target, Path) else "-"
+        raise MinpaintError(f"output {name}: {error}; {_rescue(image, target)}") from None
+
+
+def _rescue(image: Image.Image, target: Path | BinaryIO) -> str:
+    """Save a painting alone as a PNG beside its target or, if that cannot be, in the temporary folder; says where."""
+    bare = image.convert("RGBA") if "transparency" in image.info else image.copy()
+    bare.info, failure = {}, ""
+    stem, beside = (target.stem[:40], [target.parent]) if isinstance(target, Path) else ("stdout", [])
+    for folder in (*beside, Path(tempfile.gettempdir())):
+        file = folder / f"{stem}-rescued-{secrets.token_hex(4)}.png"
+        try:
+            with _beside(file, overwrite=False) as content:
+                bare.save(content, "PNG")
+            return f"the painting is in {file}"
+        except Exception as error:
+            failure += f" ({error})"
+    return f"the painting is lost, as no folder for it can be written{failure}"
+
+
+@contextmanager
+def _beside(target: Path, overwrite: bool) -> Iterator[BinaryIO]:
+    """A new file that takes the target's place when the block ends well, and is gone when it does not.
+
+    It is locked while it is written, so one that nobody has locked was left by a killed process, and is removed.
+    """
+    for left in target.parent.glob(f".*{UNFINISHED}"):
+        with suppress(OSError), left.open("rb") as file:
+            _lock(file)
+            left.unlink()
+    part: BinaryIO | None = None
+    while part is None or not os.fstat(part.fileno()).st_nlink:  # removed by another process before it was locked
+        beside = target.with_name(f".{target.stem[:40]}-{secrets.token_hex(4)}{UNFINISHED}")
+        part = beside.open("x+b")
+        with suppress(OSError):  # some network folders have no locks; there nothing is removed either
+            _lock(part)
     try:
-        with beside.open("xb") as file:
-            _write(image, frame, record, kind, file)
-        receipt = None if frame is None else _compare(beside, frame, kind)
-        os.replace(beside, target)
+        with part:
+            yield part
+            part.flush()
+            if not overwrite and target.exists():
+                raise MinpaintError("the file exists by now; add --overwrite to replace it")
+            os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
-    return receipt
+
+
+def _lock(file: BinaryIO) -> None:
+    """Lock a file for this process; OSError if another one holds it."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def read_record(source: ImageSource) -> Record:
     """The record in a file that minpaint wrote; InputError if there is none."""
     image = open_image(source)
-    text = image.info.get(RECORD)
-    if text is None:
-        comment = image.getexif().get_ifd(EXIF_FOLDER).get(USER_COMMENT, b"")
-        comment = comment.encode("latin-1", "replace") if isinstance(comment, str) else bytes(comment)
-        text = comment.removeprefix(ASCII).decode("ascii", "replace")
     try:
+        text = image.info.get(RECORD)
+        if text is None:
+            comment = image.getexif().get_ifd(EXIF_FOLDER)[USER_COMMENT]
+            comment = comment.encode("latin-1", "replace") if isinstance(comment, str) else memoryview(comment)
+            text = bytes(comment).removeprefix(ASCII).decode("ascii", "replace")
         record = json.loads(text)
-    except ValueError:
+    except Exception:  # there is none, the EXIF is damaged, or it is nested too deeply
         record = None
     if not isinstance(record, dict) or RECORD not in record:
-        raise InputError(f"{source} holds no record of a painting; only files that minpaint wrote do")
+        raise InputError(f"{name_of(source, 'file')} holds no record of a painting; only files that minpaint wrote do")
     return record
 
 
-def _write(image: Image.Image, frame: Frame | None, record: Record | None, kind: str, file: BinaryIO) -> None:
+def _write(image: Image.Image, frame: Frame | None, record: Record | None, kind: str, file: BinaryIO) -> Receipt | None:
+    """Save a painting, read it again, and compare what the frame keeps."""
     original = frame.original if frame is not None else Image.new("L", (1, 1))
     exif, text = _exif(original), PngImagePlugin.PngInfo()
     for key, value in original.info.items():
@@ -123,6 +197,7 @@ def _write(image: Image.Image, frame: Frame | None, record: Record | None, kind:
     if len(exif) or any(exif.get_ifd(folder) for folder in (EXIF_FOLDER, GPS_FOLDER)):
         options["exif"] = exif.tobytes()
     _fit(image, kind).save(file, kind, **options)
+    return None if frame is None else _compare(file, frame, kind)
 
 
 def _exif(original: Image.Image) -> Image.Exif:
@@ -136,21 +211,25 @@ def _exif(original: Image.Image) -> Image.Exif:
 
 
 def _fit(image: Image.Image, kind: str) -> Image.Image:
-    """The picture in a mode its format takes: JPEG has no transparency, which goes on white."""
-    if kind != "JPEG" or image.mode in ("1", "L", "RGB"):
+    """The picture in a mode its format takes: TIFF and WebP have no clear colour, JPEG nothing clear (white)."""
+    grey, keyed = image.mode in ("1", "L", "LA"), "transparency" in image.info
+    if keyed and kind in ("TIFF", "WEBP"):
+        return image.convert("LA" if grey and image.mode != "1" else "RGBA")
+    if kind != "JPEG" or (image.mode in ("1", "L", "RGB") and not keyed):
         return image
     clear = image.convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
-    return flat.convert("L" if image.mode == "LA" else "RGB")
+    return flat.convert("L" if grey else "RGB")
 
 
-def _compare(file: Path | BytesIO, frame: Frame, kind: str) -> Receipt:
+def _compare(file: BinaryIO, frame: Frame, kind: str) -> Receipt:
     original = _fit(frame.original, kind)
     with Image.open(file) as saved:
         if saved.size != original.size:
             raise MinpaintError(f"the file came out as {saved.size}, not {original.size}; nothing was written")
         modes = {saved.mode, original.mode}
-        mode = "RGBA" if len(modes) > 1 or "P" in modes else "L" if modes == {"1"} else saved.mode
+        keyed = "transparency" in {*saved.info, *original.info}
+        mode = "RGBA" if len(modes) > 1 or "P" in modes or keyed else "L" if modes == {"1"} else saved.mode
         differences = ImageChops.difference(saved.convert(mode), original.convert(mode)).split()
     counts = reduce(ImageChops.lighter, differences).histogram(ImageChops.invert(frame.touched.convert("L")))[:256]
     largest = max((level for level in range(256) if counts[level]), default=0)
