@@ -139,29 +139,31 @@ def _beside(target: Path, overwrite: bool) -> Iterator[BinaryIO]:
     """
     for left in target.parent.glob(f".*{UNFINISHED}"):
         with suppress(OSError), left.open("rb") as file:
-            _lock(file)
+            _lock(file, wait=False)
             left.unlink()
     part: BinaryIO | None = None
     while part is None or not os.fstat(part.fileno()).st_nlink:  # removed by another process before it was locked
         beside = target.with_name(f".{target.stem[:40]}-{secrets.token_hex(4)}{UNFINISHED}")
         part = beside.open("x+b")
         with suppress(OSError):  # some network folders have no locks; there nothing is removed either
-            _lock(part)
+            _lock(part, wait=True)
     try:
         with part:
             yield part
             part.flush()
             if not overwrite and target.exists():
                 raise MinpaintError("the file exists by now; add --overwrite to replace it")
+            if fcntl is None:
+                part.close()  # Windows does not rename an open file
             os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def _lock(file: BinaryIO) -> None:
-    """Lock a file for this process; OSError if another one holds it."""
+def _lock(file: BinaryIO, wait: bool) -> None:
+    """Lock a file for this process; if another one holds it, wait for that or raise OSError."""
     if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def read_record(source: ImageSource) -> Record:
