@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; Python started with -m ends by SIGINT if a plain KeyboardInterrupt came out of an exec()."""
+    """Ctrl-C or SIGTERM; Python started with -m ends by SIGINT if a plain KeyboardInterrupt left compiled text."""
 
 
 def _leave(number: int, frame: object) -> None:
