@@ -52,7 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; Python started with -m ends by SIGINT if a plain KeyboardInterrupt left compiled text."""
+    """Ctrl-C or SIGTERM.
+
+    A plain KeyboardInterrupt that passes through code made from text lets `python -m` end by SIGINT, even if caught.
+    """
 
 
 def _leave(number: int, frame: object) -> None:
