@@ -719,6 +719,7 @@ def test_a_damaged_record_is_bad_input(
     os.fstat(1)
 
 
+@pytest.mark.slow
 def test_nothing_depends_on_the_clock(
     command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,6 @@ Messages go to stderr; stdout is for what plan, info and --json print, and nothi
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
@@ -37,9 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         code, message = 128 + (stop.args or (signal.SIGINT,))[0], STOPPED
     except Exception as error:
         message = str(error) if isinstance(error, MinpaintError) else one_line(str(error)) or type(error).__name__
-        bad_name = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
-        bad_input = bad_name or isinstance(error, (InputError, CheckpointError))
-        code = 3 if isinstance(error, BudgetError) else 2 if bad_input else 1
+        code = 3 if isinstance(error, BudgetError) else 2 if isinstance(error, (InputError, CheckpointError)) else 1
     finally:
         for number, handler in before.items():  # the process's own run has ended, and what it says now holds
             signal.signal(number, signal.SIG_IGN if arguments is None else handler)
@@ -54,6 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
+class _Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM.
+
+    A plain KeyboardInterrupt that passes through code made from text lets `python -m` end by SIGINT, even if caught.
+    """
+
+
 def _leave(number: int, frame: object) -> None:
     """End at Ctrl-C or SIGTERM while libraries are imported: nothing needs tidying, and torch aborts if that fails."""
     _say(f"error: {STOPPED}")
@@ -63,7 +67,7 @@ def _leave(number: int, frame: object) -> None:
 def _stop(number: int, frame: object) -> None:
     """Stop a verb at Ctrl-C or SIGTERM, and let it tidy up; another signal ends the process at once."""
     signal.signal(number, signal.SIG_DFL)
-    raise KeyboardInterrupt(number)
+    raise _Stopped(number)
 
 
 def _run(arguments: list[str] | None, stoppable: bool) -> None:
