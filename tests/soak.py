@@ -24,12 +24,14 @@ from conftest import make_mask, make_picture
 
 import minpaint
 from minpaint.engine.budget import release_cached, used_memory
+from minpaint.engine.plan import Planner
 from minpaint.painter import Painter, open_painter
 from minpaint.picture.frame import open_frame
 from minpaint.settings import SAMPLERS, Settings
 from weights.random_checkpoint import FAMILIES, write_checkpoint
 
-SIZES = ((64, 64), (24, 40), (72, 48), (96, 96))
+# width, height, count, guidance
+REQUESTS = ((64, 64, 1, 7.5), (24, 40, 2, 7.5), (72, 48, 2, 1.0), (96, 96, 1, 7.5))
 EVERY = 20  # paintings from line to line
 
 
@@ -49,7 +51,7 @@ def look(paintings: int) -> Left:
     gc.collect()
     release_cached(torch.device("cpu"))
     objects = gc.get_objects()
-    tensors = sum(issubclass(type(each), torch.Tensor) for each in objects)
+    tensors = sum(issubclass(type(each), torch.Tensor) and not each.is_meta for each in objects)
     files = len(os.listdir("/proc/self/fd"))
     memory = used_memory(torch.device("cpu")) / 2**20
     return Left(paintings, round(memory, 1), len(objects), tensors, threading.active_count(), files)
@@ -57,12 +59,12 @@ def look(paintings: int) -> Left:
 
 def paint_once(painter: Painter, draw: random.Random) -> None:
     """One painting, or one of the ways in which a painting ends early."""
-    size, steps = draw.choice(SIZES), draw.randint(1, 3)
+    *size, count, guidance = draw.choice(REQUESTS)
     options = {
-        "steps": steps,
-        "count": draw.choice((1, 1, 2)),
+        "steps": draw.randint(1, 3),
+        "count": count,
         "sampler": draw.choice((*SAMPLERS, None)),
-        "guidance": draw.choice((1.0, 7.5)),
+        "guidance": guidance,
         "seed": draw.randrange(2**32),
         "eta": draw.choice((0.0, 0.5)),
     }
@@ -99,18 +101,22 @@ def soak(count: int, folder: Path, tell: Callable[[Left], object] = lambda left:
     for family in ("small-sd1", "small-sd2", "small-sd1-4ch", "small-v"):
         models.append(str(write_checkpoint(folder / family, FAMILIES[family])))
 
+    planners: dict[tuple[str, str], dict[torch.dtype, Planner]] = {}  # shared, as planning would take most of the time
+
+    def open_one(model: str, dtype: str) -> Painter:
+        painter = open_painter(model, "cpu", dtype, None, None)
+        painter.engine.planners = planners.setdefault((model, dtype), painter.engine.planners)
+        if draw.random() < 0.5:
+            painter.engine.keep_loaded()
+        return painter
+
     def turns() -> Iterator[Left]:
         for start in range(0, count, EVERY):
             painters: list[Painter] = []
             for number in range(min(EVERY, count - start)):
                 if number % 5 == 0:  # two painters at a time, the older one let go of
-                    # each line has the same models, in both ways of loading, and in two number formats
-                    model, dtype = models[(number // 5 + start // EVERY) % len(models)], draw.choice(("fp32", "bf16"))
-                    loaded = number % 10 == 0
-                    painters = painters[-1:]
-                    painters.append(
-                        minpaint.load(model, "cpu", dtype) if loaded else open_painter(model, "cpu", dtype, None, None)
-                    )
+                    model = models[(number // 5 + start // EVERY) % len(models)]
+                    painters = [*painters[-1:], open_one(model, draw.choice(("fp32", "bf16")))]
                 paint_once(draw.choice(painters), draw)
             painters.clear()
             left = look(start + EVERY)
@@ -122,13 +128,16 @@ def soak(count: int, folder: Path, tell: Callable[[Left], object] = lambda left:
         return list(turns())
 
 
-def check(lines: list[Left], memory: float) -> None:
-    """Nothing has piled up since a first part in which libraries make what they keep; memory: MiB it may vary by."""
+def check(lines: list[Left], memory: float, objects: int) -> None:
+    """Nothing has piled up since a first part, in which libraries and planners make what they keep.
+
+    memory, objects: the MiB and the number by which they may vary.
+    """
     warm, after = lines[: max(len(lines) // 4, 1)], lines[-1]
     assert after.threads <= max(left.threads for left in warm), (warm, after)
     assert after.files <= max(left.files for left in warm), (warm, after)
     assert after.tensors <= max(left.tensors for left in warm), (warm, after)
-    assert after.objects <= max(left.objects for left in warm) + 500, (warm, after)
+    assert after.objects <= max(left.objects for left in warm) + objects, (warm, after)
     assert after.memory <= max(left.memory for left in warm) + memory, (warm, after)
 
 
@@ -138,7 +147,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         lines = soak(options.count, Path(folder), lambda left: print(left, flush=True))
-    check(lines, memory=32)
+    check(lines, memory=32, objects=1000)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,7 @@ def test_a_text_encoder_that_gives_nan_is_an_error(
         ({"guidance": math.nan}, "guidance"),
         ({"guidance": math.inf}, "guidance"),
         ({"guidance": -1}, "guidance"),
+        ({"guidance": 1e308}, "guidance must be a number from 0 to 1000000"),
         ({"guidance": None}, "guidance"),
         ({"strength": 0}, "strength"),
         ({"strength": 1.01}, "strength"),

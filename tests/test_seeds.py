@@ -66,7 +66,7 @@ def most_levels(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> int:
 
 
 def test_a_smaller_processor_paints_the_same_within_a_level(checkpoint: Folders, tmp_path: Path) -> None:
-    arguments = ([str(checkpoint("small-sd1"))], 3)
+    arguments = ([str(checkpoint("small-sd1"))], 2)
     assert most_levels(paint_all(*arguments), paint_elsewhere(tmp_path / "seen", AVX2, *arguments)) <= 1
 
 
@@ -75,7 +75,7 @@ def test_every_sampler_paints_the_same_in_another_process_and_on_smaller_process
     checkpoint: Folders, tmp_path: Path
 ) -> None:
     """Measured over 5 and 50 steps: 1 level in 1 to 4 numbers of a picture, in a third of them; latents to 7e-6."""
-    arguments = (["tiny", str(checkpoint("small-v"))], 10, ("ddim", "pndm", "dpmpp"))
+    arguments = (["tiny", str(checkpoint("small-v"))], 5, ("ddim", "pndm", "dpmpp"))
     here = paint_all(*arguments)
     there = paint_elsewhere(tmp_path / "seen", {}, *arguments)
     assert here.keys() == there.keys()
@@ -88,6 +88,7 @@ def test_every_sampler_paints_the_same_in_another_process_and_on_smaller_process
                 torch.testing.assert_close(there[name], here[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_threads_paint_the_same_within_a_level(
     painter: Paint, picture: Image.Image, mask: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +135,7 @@ def test_the_trained_model_paints_the_same_within_any_budget_and_in_any_batch() 
 @pytest.mark.slow
 def test_many_paintings_in_one_process_leave_nothing_behind(tmp_path: Path) -> None:
     """The libraries keep what they made for the first sizes; see soak.py, which goes on for longer."""
-    soak.check(soak.soak(40, tmp_path), memory=150)
+    soak.check(soak.soak(40, tmp_path), memory=150, objects=10_000)
 
 
 # One painter, one painting at a time ---------------------------------------------------------------
