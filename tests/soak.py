@@ -16,6 +16,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from weights.random_checkpoint import FAMILIES, write_checkpoint
 
 # width, height, count, guidance
 REQUESTS = ((64, 64, 1, 7.5), (24, 40, 2, 7.5), (72, 48, 2, 1.0), (96, 96, 1, 7.5))
+DTYPES = ("fp32", "bf16")
 EVERY = 20  # paintings from line to line
 
 
@@ -101,11 +103,16 @@ def soak(count: int, folder: Path, tell: Callable[[Left], object] = lambda left:
     for family in ("small-sd1", "small-sd2", "small-sd1-4ch", "small-v"):
         models.append(str(write_checkpoint(folder / family, FAMILIES[family])))
 
-    planners: dict[tuple[str, str], dict[torch.dtype, Planner]] = {}  # shared, as planning would take most of the time
+    def plans(model: str, dtype: str) -> dict[torch.dtype, Planner]:
+        engine = open_painter(model, "cpu", dtype, None, None).engine
+        _ = engine.planner().networks  # many objects, which stay
+        return engine.planners
+
+    planners = {pair: plans(*pair) for pair in product(models, DTYPES)}  # shared: planning would take most of the time
 
     def open_one(model: str, dtype: str) -> Painter:
         painter = open_painter(model, "cpu", dtype, None, None)
-        painter.engine.planners = planners.setdefault((model, dtype), painter.engine.planners)
+        painter.engine.planners = planners[model, dtype]
         if draw.random() < 0.5:
             painter.engine.keep_loaded()
         return painter
@@ -116,7 +123,7 @@ def soak(count: int, folder: Path, tell: Callable[[Left], object] = lambda left:
             for number in range(min(EVERY, count - start)):
                 if number % 5 == 0:  # two painters at a time, the older one let go of
                     model = models[(number // 5 + start // EVERY) % len(models)]
-                    painters = [*painters[-1:], open_one(model, draw.choice(("fp32", "bf16")))]
+                    painters = [*painters[-1:], open_one(model, draw.choice(DTYPES))]
                 paint_once(draw.choice(painters), draw)
             painters.clear()
             left = look(start + EVERY)

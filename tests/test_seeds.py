@@ -135,7 +135,7 @@ def test_the_trained_model_paints_the_same_within_any_budget_and_in_any_batch() 
 @pytest.mark.slow
 def test_many_paintings_in_one_process_leave_nothing_behind(tmp_path: Path) -> None:
     """The libraries keep what they made for the first sizes; see soak.py, which goes on for longer."""
-    soak.check(soak.soak(40, tmp_path), memory=150, objects=10_000)
+    soak.check(soak.soak(40, tmp_path), memory=150, objects=5000)
 
 
 # One painter, one painting at a time ---------------------------------------------------------------
