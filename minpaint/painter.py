@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ from minpaint.engine.budget import choose_budget
 from minpaint.engine.calls import Request
 from minpaint.engine.device import choose_device, choose_dtype, without_gradients
 from minpaint.engine.run import Engine, Run
-from minpaint.errors import MinpaintWarning
+from minpaint.errors import InputError, MinpaintWarning
 from minpaint.inpaint import inpaint, seeded_noise
 from minpaint.models.config import least_cells
 from minpaint.models.networks import Networks, PlainNetworks
@@ -58,7 +60,7 @@ class Job:
     views: list[View | ReferenceView]
     sampler: str
     schedule: Schedule
-    run: Run
+    request: Request
 
 
 class Reached(NamedTuple):
@@ -73,12 +75,13 @@ class Reached(NamedTuple):
 
 
 class Painter:
-    """A loaded checkpoint that paints; made by `minpaint.load`.
+    """A loaded checkpoint that paints, one request at a time; made by `minpaint.load`.
 
     unet(x, t, context): [B, 4 or 9, y, x], [B], [B, 77, D] -> prediction [B, 4, y, x].
     vae.encode(pixels) -> (mean, logvar); vae.decode(latents) -> pixels; latents unscaled.
     text_encoder, tokenizer: transformers' CLIPTextModel and CLIPTokenizer.
     last_run: the last painting's run, with its plan and the memory it took.
+    While it paints, its networks may be called by the thread that paints, and by no other.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, budget: int) -> None:
@@ -93,6 +96,8 @@ class Painter:
         self.device, self.dtype = device, dtype
         self.engine = Engine(checkpoint, device, dtype, budget)
         self.last_run: Run | None = None
+        self._turn = threading.Lock()  # held for a run, and let go by whichever thread drops unfinished steps
+        self._painting_in: int | None = 0  # the thread that paints; None for steps, which any may take; 0 for none
 
     def __call__(
         self,
@@ -112,7 +117,8 @@ class Painter:
             options: negative_prompt, steps, guidance, seed, count, ... : the fields of Settings.
 
         Raises:
-            InputError: an argument, the image or the mask cannot be used.
+            InputError: an argument, the image or the mask cannot be used, or the painter is
+                painting already (see `steps`).
             BudgetError: the budget cannot hold the run; nothing has been done then.
             MinpaintError: the network's output is not finite.
         """
@@ -125,12 +131,17 @@ class Painter:
         The options are those of the call, but for `on_step`. A step's x are the latents it ends
         with, [count, 4, y, x] float32, scaled as the UNet sees them; the last step's are the
         painting's. A picture painted in several views gives the steps of each.
+
+        From its first step to its last, or until it is closed or dropped, the painter paints nothing
+        else: InputError. A call in another thread is different, it ends, and is waited for.
         """
         settings = Settings(prompt, **options)
         job = self._job(open_frame(image, mask, settings), settings)
+        with self._run(job, threading.get_ident()):
+            pass  # planned here too, so that a budget is refused now and not at the first step
 
         def steps() -> Iterator[Step]:
-            with job.run as networks:
+            with self._run(job, None) as networks:
                 for reached in self._denoise(job, networks):
                     yield reached.step
 
@@ -141,7 +152,7 @@ class Painter:
     ) -> list[Painting]:
         """The same as the call, with its image and mask in one object and its settings in another."""
         job, calls = self._job(frame, settings), 0
-        with job.run as networks:
+        with self._run(job, threading.get_ident()) as networks:
             for reached in self._denoise(job, networks):
                 calls += 1
                 if on_step is not None:
@@ -181,9 +192,25 @@ class Painter:
         warm_up = settings.sampler is None and sampler == "pndm" and not config.skip_prk_steps
         schedule = make_schedule(config, sampler, settings.steps, settings.strength, warm_up)
         views = self.views(frame, settings)
-        networks = PlainNetworks(self.unet, self.vae, self.text_encoder, self.tokenizer)
-        run = self.last_run = self.engine.run(self.request(frame, settings, views), networks)
-        return Job(settings, frame, views, sampler, schedule, run)
+        return Job(settings, frame, views, sampler, schedule, self.request(frame, settings, views))
+
+    @contextmanager
+    def _run(self, job: Job, thread: int | None) -> Iterator[Run]:
+        """A job's run, planned now, once the painter is free: runs share networks and budget."""
+        while not self._turn.acquire(timeout=0.1):
+            if self._painting_in in (threading.get_ident(), None):
+                raise InputError(
+                    "the painter is painting already: finish or close() its steps() first, or load a second painter"
+                )
+        try:
+            self._painting_in = thread
+            networks = PlainNetworks(self.unet, self.vae, self.text_encoder, self.tokenizer)
+            self.last_run = self.engine.run(job.request, networks)
+            with self.last_run as run:
+                yield run
+        finally:
+            self._painting_in = 0
+            self._turn.release()
 
     @without_gradients
     def _denoise(self, job: Job, networks: Networks) -> Iterator[Reached]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from minpaint.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+THREAD_WORK = 2**25  # multiply-adds of a layer for each thread that computes it: a millisecond's work for a core
 
 # Decorators of a function, or of each turn of a generator function.
 without_gradients = torch.inference_mode()
@@ -64,6 +67,20 @@ def choose_arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     if device.type == "cuda" or dtype != torch.bfloat16 or has_bfloat16_units():
         return dtype
     return torch.float32
+
+
+@contextmanager
+def threads_for(work: int) -> Iterator[None]:
+    """Compute with as many of PyTorch's threads as layers of `work` multiply-adds keep busy.
+
+    At a layer's end all wait for the last, for milliseconds if other programs have its core.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(min(before, work // THREAD_WORK), 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def has_bfloat16_kernels() -> bool:

@@ -25,6 +25,7 @@ from minpaint.engine.budget import (
 )
 from minpaint.engine.calls import Calls, Request
 from minpaint.engine.cuda import exact_float32
+from minpaint.engine.device import threads_for
 from minpaint.engine.plan import PHASES, Phase, Planner
 from minpaint.engine.residency import NetworkWeights
 from minpaint.engine.winograd import DEFAULTS
@@ -132,7 +133,7 @@ class Run:
 
     plan: how they are done. A call that finds no memory is made again in a smaller plan, once in a
     run; a pass of the VAE that overflows in half precision is made again in float32. Every output
-    is checked for NaN and infinity.
+    is checked for NaN and infinity. work: the UNet's average layer in multiply-adds.
     """
 
     def __init__(self, engine: Engine, request: Request, networks: PlainNetworks) -> None:
@@ -143,6 +144,8 @@ class Run:
         self.embeddings: dict[str, Tensor] = {}
         self.unchecked: list[tuple[Tensor, Tensor]] = []  # of outputs of the UNet: whether finite, and their timesteps
         self.fallen_back = False
+        weights, factor = engine.weights["unet"].directory.values(), engine.checkpoint.architecture.vae.factor
+        self.work = request.rows * request.area // factor**2 * sum(stored.count for stored in weights) // len(weights)
         reset_peak(self.device)
 
     def __enter__(self) -> Run:
@@ -239,7 +242,7 @@ class Run:
         phase = self.plan.phases[name]
         if dtype != phase.strategy.dtype:
             phase = self.engine.planner(dtype).phase(name, self.request, self.plan.budget, self.plan.base)
-        with capped(self.device, self.engine.budget), exact_float32(self.device, dtype):
+        with capped(self.device, self.engine.budget), exact_float32(self.device, dtype), threads_for(self.work):
             self.engine.prepare(phase, not self.plan.resident, self.calls)
             return call(phase)
 
