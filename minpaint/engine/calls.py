@@ -29,7 +29,8 @@ class Request:
     again: whether the networks are needed once more after the last phase. steps: calls of the UNet.
     photo: width and height of the whole picture; its area counts once in memory when a run begins.
     part: pixels of the part of it that is scaled for the network; seam: pixels of the box in which
-    colours are matched and the seam is measured. started: whole pictures that are painted in already.
+    colours are matched and the seam is measured; where these are 0, all that the network sees.
+    started: copies of the whole picture that views before the last have been painted into.
     saving: bytes for a pixel of the whole picture that saving will take after the run.
     """
 
@@ -50,6 +51,11 @@ class Request:
     def area(self) -> int:
         """Pixels that the network sees."""
         return self.width * self.height
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of the whole picture."""
+        return self.photo[0] * self.photo[1] or self.area
 
     @property
     def rows(self) -> int:

@@ -110,6 +110,11 @@ def reach_box(hole: Image.Image, reach: int = 0) -> Box:
     return max(left - reach, 0), max(top - reach, 0), min(right + reach, hole.width), min(bottom + reach, hole.height)
 
 
+def area(box: Box) -> int:
+    """Pixels of a box."""
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
 def islands(hole: Image.Image, apart: int) -> Iterator[Image.Image]:
     """The parts of a hole that are at least some `apart` pixels from one another, each as a hole, top first."""
     padded = F.pad(to_unit(hole), (0, -hole.width % apart, 0, -hole.height % apart))
