@@ -26,7 +26,7 @@ from minpaint.models.config import least_cells
 from minpaint.models.networks import Networks, PlainNetworks
 from minpaint.picture.frame import Frame, open_frame
 from minpaint.picture.image import ImageSource
-from minpaint.picture.mask import reach_box
+from minpaint.picture.mask import area, reach_box
 from minpaint.picture.seam import NEIGHBOURHOOD, seam_error
 from minpaint.picture.view import ReferenceView, View, choose_views
 from minpaint.samplers import SAMPLERS, Step
@@ -58,6 +58,7 @@ class Job:
     settings: Settings
     frame: Frame
     views: list[View | ReferenceView]
+    start: Image.Image  # the picture that the first view is painted into
     sampler: str
     schedule: Schedule
     request: Request
@@ -148,19 +149,24 @@ class Painter:
         return steps()
 
     def paint(
-        self, frame: Frame, settings: Settings, on_step: Callable[[Step], object] | None = None
+        self, frame: Frame, settings: Settings, on_step: Callable[[Step], object] | None = None, saving: int = 0
     ) -> list[Painting]:
-        """The same as the call, with its image and mask in one object and its settings in another."""
-        job, calls = self._job(frame, settings), 0
+        """The same as the call, with its image and mask in one object and its settings in another.
+
+        saving: bytes for each pixel that saving a painting takes (saving.SAVING), to be kept within the budget too.
+        """
+        job, calls = self._job(frame, settings, saving), 0
         with self._run(job, threading.get_ident()) as networks:
             for reached in self._denoise(job, networks):
                 calls += 1
                 if on_step is not None:
                     on_step(reached.step)
             pictures = self._composite(job, networks, reached)
+        step, view, _ = reached
+        del reached  # and with it the pictures that the last view started from
         paintings = []
-        for picture, latents, seed in zip(pictures, reached.step.x, settings.seeds, strict=True):
-            image, hole = reached.view.complete(frame, picture)
+        for latents, seed in zip(step.x, settings.seeds, strict=True):
+            image, hole = view.complete(frame, pictures.pop(0))
             box = reach_box(hole, 2 * NEIGHBOURHOOD)
             seam = seam_error(image.crop(box), hole.crop(box))
             paintings.append(Painting(image, latents.cpu().clone(), seed, calls, seam))
@@ -172,14 +178,26 @@ class Painter:
         least = least_cells(self.unet_config, self.vae_config)
         return choose_views(frame, settings, self.unet_config.sample_size * factor, factor, least)
 
-    def request(self, frame: Frame, settings: Settings, views: list[View | ReferenceView]) -> Request:
+    def request(self, frame: Frame, settings: Settings, views: list[View | ReferenceView], saving: int = 0) -> Request:
         """What a painting in these views asks of memory: the largest of them decides."""
         width, height = max((view.extent for view in views), key=lambda extent: extent[0] * extent[1])
-        pixels, several = frame.original.width * frame.original.height, len(views) > 1
-        starts, steps = settings.count if several else 1, int(settings.steps * settings.strength)
-        return Request(width, height, settings.count, settings.guided, starts, pixels, several, steps)
+        started = settings.count if len(views) > 1 else 0
+        return Request(
+            width,
+            height,
+            settings.count,
+            settings.guided,
+            starts=max(started, 1),
+            again=started > 0,
+            steps=int(settings.steps * settings.strength),
+            photo=frame.original.size,
+            part=max(area(view.box) for view in views),
+            seam=area(reach_box(frame.cover, 2 * NEIGHBOURHOOD)),
+            started=started,
+            saving=saving,
+        )
 
-    def _job(self, frame: Frame, settings: Settings) -> Job:
+    def _job(self, frame: Frame, settings: Settings, saving: int = 0) -> Job:
         """Check all that can be wrong with a request before any work is done."""
         config = self.scheduler_config
         sampler = settings.sampler or config.sampler
@@ -192,7 +210,8 @@ class Painter:
         warm_up = settings.sampler is None and sampler == "pndm" and not config.skip_prk_steps
         schedule = make_schedule(config, sampler, settings.steps, settings.strength, warm_up)
         views = self.views(frame, settings)
-        return Job(settings, frame, views, sampler, schedule, self.request(frame, settings, views))
+        request = self.request(frame, settings, views, saving)
+        return Job(settings, frame, views, frame.begin(), sampler, schedule, request)
 
     @contextmanager
     def _run(self, job: Job, thread: int | None) -> Iterator[Run]:
@@ -216,7 +235,7 @@ class Painter:
     def _denoise(self, job: Job, networks: Networks) -> Iterator[Reached]:
         """The steps of all views; each view starts from what the ones before have painted."""
         settings, noise = job.settings, seeded_noise(job.settings.seeds)
-        pictures, reached = [job.frame.begin()], None
+        pictures, reached = [job.start], None
         for view in job.views:
             if reached is not None:
                 pictures = self._composite(job, networks, reached)

@@ -25,7 +25,7 @@ from minpaint.errors import MinpaintError
 from minpaint.painter import Painter, Painting, open_painter
 from minpaint.picture.explain import explain
 from minpaint.picture.frame import Frame, open_frame
-from minpaint.picture.saving import Record, check_target, read_record, save
+from minpaint.picture.saving import FORMATS, SAVING, Record, check_target, read_record, save
 from minpaint.samplers import Step
 
 
@@ -88,7 +88,8 @@ def _paint(painter: Painter, frame: Frame, options: Namespace) -> list[Painting]
             gc.enable()
 
     try:
-        return painter.paint(frame, options.settings, on_step)
+        saving = max(SAVING[FORMATS.get(target.suffix.lower(), "PNG")] for target in options.targets)  # "-" is PNG
+        return painter.paint(frame, options.settings, on_step, saving)
     finally:
         bar.close()
 

@@ -119,10 +119,14 @@ def tune_heap(device: torch.device, keep: bool | None) -> None:
 
     glibc maps every large block anew, and the system clears its pages each time: a good part of a VAE
     pass. None is the state that glibc reaches by itself in a process that frees large blocks: it keeps
-    those up to 32 MiB, and how many of them lie around unused differs from run to run.
+    those up to 32 MiB, and how many of them lie around unused differs from run to run. With None all that
+    lies around now is returned, too.
     """
-    for option, value in HEAP[keep] if device.type != "cuda" else ():
-        _call_glibc("mallopt", option, value)
+    if device.type != "cuda":
+        for option, value in HEAP[keep]:
+            _call_glibc("mallopt", option, value)
+        if keep is None:
+            release_cached(device)
 
 
 @contextmanager

@@ -26,8 +26,12 @@ class Request:
 
     width, height: of what the network sees, in pixels. guided: every latent goes through the UNet
     twice, beside either prompt. starts: how many different pictures the paintings start from.
-    pixels: of the whole picture. again: whether the networks are needed once more after the last
-    phase. steps: calls of the UNet.
+    again: whether the networks are needed once more after the last phase. steps: calls of the UNet.
+    photo: width and height of the whole picture; its area counts once in memory when a run begins.
+    part: pixels of the part of it that is scaled for the network; seam: pixels of the box in which
+    colours are matched and the seam is measured; where these are 0, all that the network sees.
+    started: copies of the whole picture that views before the last have been painted into.
+    saving: bytes for a pixel of the whole picture that saving will take after the run.
     """
 
     width: int
@@ -35,14 +39,23 @@ class Request:
     count: int = 1
     guided: bool = True
     starts: int = 1
-    pixels: int = 0
     again: bool = True
     steps: int = 50
+    photo: tuple[int, int] = (0, 0)
+    part: int = 0
+    seam: int = 0
+    started: int = 0
+    saving: int = 0
 
     @property
     def area(self) -> int:
         """Pixels that the network sees."""
         return self.width * self.height
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of the whole picture."""
+        return self.photo[0] * self.photo[1] or self.area
 
     @property
     def rows(self) -> int:

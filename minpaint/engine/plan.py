@@ -1,8 +1,8 @@
 """What a run will take, known before anything is loaded, and the fastest way to do it within a budget.
 
 The networks themselves are called on the meta device, where tensors have shapes and no numbers,
-while a counter follows the bytes that are alive (measure.py). The constants below say what is
-added to that.
+while a counter follows the bytes that are alive (measure.py). On a CPU additions.py says what comes
+on top of that, on CUDA the constants below do.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minpaint.checkpoint.architecture import Architecture, blank_models
+from minpaint.engine.additions import additions
 from minpaint.engine.budget import format_size
 from minpaint.engine.calls import Calls, Request, Strategy
 from minpaint.engine.cuda import attention_is_fused
@@ -38,15 +39,6 @@ LATENTS = 24  # float32 tensors of the latents' shape around the UNet: sampler, 
 # On CUDA: the workspaces of cuBLAS, and the share that the caching allocator cannot use of what it holds.
 CUDA_LIBRARIES = 32 * 2**20
 CUDA_RESERVE = 1 / 16
-# On the CPU: code and stacks of the first calls; and what the heap keeps of freed blocks: at most so many
-# times the activations and so many bytes, or, where it keeps all of them, so many times the activations.
-CPU_LIBRARIES = 48 * 2**20
-CPU_HEAP = (2.0, 224 * 2**20)
-KEPT_HEAP = {"encode": 1.5, "denoise": 2.0, "decode": 1.5}
-# Pictures on the CPU, in bytes for a pixel that the network sees: the picture and where it is blanked; its copy
-# while that is encoded; continuing it into the hole. For a pixel of the whole picture: its copies and each painting's.
-CANVAS, COPY, FILLING = 16, 28, 144
-PICTURE = (24, 8)
 
 
 @dataclass(frozen=True)
@@ -178,11 +170,17 @@ class Planner:
                 phase = self._phase(name, request, strategy, 0, base, budget if streamed else None)
                 if phase.peak <= budget:
                     return phase
-        size = f"{request.count} pictures" if request.count > 1 else "a picture"
+        size, way_out = f"{request.count} pictures" if request.count > 1 else "a picture", "paint smaller"
+        size += f" of {request.width}x{request.height}"
+        if request.pixels > request.area:
+            size += f", which the network sees of the {request.photo[0]}x{request.photo[1]} photo,"
+            if self.least(replace(request, photo=(0, 0), part=0, seam=0, started=0), base) <= budget:
+                size = f"the photo of {request.photo[0]}x{request.photo[1]} pixels"
+                way_out = "make the photo smaller"
         raise BudgetError(
-            f"budget {format_size(budget)} cannot hold {size} of {request.width}x{request.height} with "
+            f"budget {format_size(budget)} cannot hold {size} with "
             f"{self.architecture.name} as {dtype_name(self.dtype)}: the smallest budget that can "
-            f"is {round_up(self.least(request, base))}; raise --budget or paint smaller"
+            f"is {round_up(self.least(request, base))}; raise --budget or {way_out}"
         )
 
     def least(self, request: Request, base: int) -> int:
@@ -199,7 +197,7 @@ class Planner:
 
         def scaled(scale: float) -> Request:
             width, height = (max(int(side * scale) // factor, 1) * factor for side in (request.width, request.height))
-            return replace(request, width=width, height=height, pixels=width * height)
+            return replace(request, width=width, height=height, photo=(width, height))
 
         near, far = scaled(1.0), scaled(2.0)
         areas = []
@@ -274,7 +272,9 @@ class Planner:
     ) -> Phase:
         """budget: of streamed weights as many stay resident as it has room for; None loads all of them."""
         activations, cached = self._measure(name, request, strategy)
-        extra = self._extra(name, request, activations, strategy)
+        extra = CUDA_LIBRARIES
+        if not self.on_cuda:
+            activations, extra = additions(name, request, strategy, activations)
         split, weights = None, self._size(name) + cached
         if budget is not None:
             part, room = PHASES[name], int((budget - base - extra) / (1 + self.reserve)) - activations - others
@@ -284,22 +284,12 @@ class Planner:
         peak = base + extra + counted + math.ceil(counted * self.reserve)
         return Phase(name, strategy, split, weights, cached, others, activations, peak)
 
-    def _extra(self, name: str, request: Request, activations: int, strategy: Strategy) -> int:
-        """Bytes beside weights and tensors."""
-        if self.on_cuda:
-            return CUDA_LIBRARIES
-        pictures = max(request.pixels, request.area) * (PICTURE[0] + PICTURE[1] * request.count)
-        heap = min(int(CPU_HEAP[0] * activations), CPU_HEAP[1])
-        if strategy.keeps_heap:
-            heap = int(KEPT_HEAP[name] * activations)
-        return CPU_LIBRARIES + heap + pictures
-
     def _size(self, name: str) -> int:
         return total_size(self.architecture.directories[PHASES[name]], self.dtype)
 
     def _measure(self, name: str, request: Request, strategy: Strategy) -> tuple[int, int]:
-        """Bytes that a phase takes beside weights, and those of weights that it caches in other forms."""
-        alike = replace(request, steps=0, again=False)  # which makes no difference to one call
+        """Bytes of the tensors of a phase's call, and of weights that it caches in other forms."""
+        alike = Request(request.width, request.height, request.count, request.guided)  # the rest is not the network's
         key = (name, name if name == "text" else alike, replace(strategy, keeps_heap=False))
         if key not in self.measured:
             _ = self.networks  # made before what they take is measured
@@ -310,10 +300,6 @@ class Planner:
             if name == "denoise":
                 cells = request.area // self.architecture.vae.factor**2
                 taken += LATENTS * request.count * LATENT_CHANNELS * 4 * cells
-            if not self.on_cuda and name != "text":  # the pictures are in the same memory
-                filled = {"encode": request.starts * request.area, "decode": max(request.pixels, request.area)}
-                copies = COPY * filled["encode"] if name == "encode" else 0
-                taken = max(taken + copies, FILLING * filled.get(name, 0)) + CANVAS * request.starts * request.area
             self.measured[key] = taken, cached
         return self.measured[key]
 

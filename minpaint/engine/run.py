@@ -219,6 +219,7 @@ class Run:
             finally:
                 self.engine.restore(name)
         _check(out.isfinite().all(), part, dtype)
+        tune_heap(self.device, None)  # a large picture that is put together in a heap that is kept would tear it up
         return out
 
     def _do(self, name: str, dtype: torch.dtype, call: Callable[[Phase], Tensor]) -> Tensor:

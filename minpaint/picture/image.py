@@ -167,7 +167,7 @@ def to_unit(image: Image.Image) -> Tensor:
 
 def to_image(pixels: Tensor) -> Image.Image:
     """[3, Y, X] in [-1, 1], clamped to it, as an RGB picture."""
-    return Image.merge("RGB", [to_levels(channel) for channel in pixels.float().cpu() * 0.5 + 0.5])
+    return Image.merge("RGB", [to_levels(channel.float().cpu() * 0.5 + 0.5) for channel in pixels])
 
 
 def to_levels(x: Tensor) -> Image.Image:

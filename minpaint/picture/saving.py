@@ -39,6 +39,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 REHEARSED = 16  # pixels a side of the piece of a picture that is saved to memory before the painting begins
 UNFINISHED = ".minpaint-part"  # ends the names of files that are being written
+# Bytes for each pixel that `save` takes beside the painting and the frame: the encoder, reading the file, comparing it
+SAVING = {"PNG": 8, "JPEG": 15, "WEBP": 35, "TIFF": 8}
+COMPARED = 2**20  # pixels that are compared at a time
 RECORD = "minpaint"  # keyword of the record's PNG text chunk, and a key of every record
 NO_TEXT = (RECORD, "XML:com.adobe.xmp")  # text chunks that are not carried over as they are
 EXIF_FOLDER, GPS_FOLDER, USER_COMMENT, ASCII = 0x8769, 0x8825, 0x9286, b"ASCII\0\0\0"
@@ -232,8 +235,13 @@ def _compare(file: BinaryIO, frame: Frame, kind: str) -> Receipt:
         modes = {saved.mode, original.mode}
         keyed = "transparency" in {*saved.info, *original.info}
         mode = "RGBA" if len(modes) > 1 or "P" in modes or keyed else "L" if modes == {"1"} else saved.mode
-        differences = ImageChops.difference(saved.convert(mode), original.convert(mode)).split()
-    counts = reduce(ImageChops.lighter, differences).histogram(ImageChops.invert(frame.touched.convert("L")))[:256]
+        counts, rows = [0] * 256, max(COMPARED // saved.width, 1)
+        for top in range(0, saved.height, rows):
+            box = (0, top, saved.width, min(top + rows, saved.height))
+            differences = ImageChops.difference(*(image.crop(box).convert(mode) for image in (saved, original)))
+            kept = frame.cover.crop(box).point(lambda level: 255 * (level == 0))
+            found = reduce(ImageChops.lighter, differences.split()).histogram(kept)
+            counts = [before + more for before, more in zip(counts, found, strict=False)]
     largest = max((level for level in range(256) if counts[level]), default=0)
     receipt = Receipt(sum(counts[1:]), sum(counts), largest, kind != "JPEG")
     if receipt.lossless and receipt.changed:
