@@ -85,7 +85,9 @@ class Painter:
     While it paints, its networks may be called by the thread that paints, and by no other.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, budget: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, budget: int, fast: bool = False
+    ) -> None:
         self.unet: nn.Module = checkpoint.unet
         self.vae = checkpoint.vae
         self.text_encoder = checkpoint.text_encoder
@@ -95,7 +97,7 @@ class Painter:
         self.scheduler_config = checkpoint.scheduler_config
         self.name, self.files = checkpoint.architecture.name, checkpoint.files
         self.device, self.dtype = device, dtype
-        self.engine = Engine(checkpoint, device, dtype, budget)
+        self.engine = Engine(checkpoint, device, dtype, budget, fast)
         self.last_run: Run | None = None
         self._turn = threading.Lock()  # held for a run, and let go by whichever thread drops unfinished steps
         self._painting_in: int | None = 0  # the thread that paints; None for steps, which any may take; 0 for none
@@ -274,13 +276,14 @@ def open_painter(
     dtype: str | torch.dtype,
     budget: str | int | None,
     config: str | Path | None,
+    fast: bool = False,
 ) -> Painter:
     """`minpaint.load` for a single painting: weights are loaded for their phase and offloaded after it."""
     place = choose_device(device)
     number_format = choose_dtype(dtype, place)
     size = choose_budget(budget, place)
     checkpoint = build(describe(model, number_format == torch.float16, config), place)
-    return Painter(checkpoint, place, number_format, size)
+    return Painter(checkpoint, place, number_format, size, fast)
 
 
 def _tell(line: str) -> None:

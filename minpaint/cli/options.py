@@ -62,7 +62,8 @@ OPTIONS: list[Option] = [
     (MODEL, "--best", "of --count pictures, write the one whose seam shows least", SWITCH),
     *_settings(HOLE),
     (HOLE, "--explain-mask", "draw every stage of the mask side by side", FILE),
-    (MACHINE, "--device", "auto, cpu, cuda or cuda:N (default: auto)", AUTO),
+    (MACHINE, "--device", "auto, cpu, cuda[:N], xpu[:N] or mps (default: auto)", AUTO),
+    (MACHINE, "--fast", "on a GPU, also use recorded graphs and fused layers, which no GPU has tested yet", SWITCH),
     (MACHINE, "--dtype", "of the networks (default: auto)", {**AUTO, "choices": ("auto", "fp32", "bf16", "fp16")}),
     (MACHINE, "--budget", "memory the run may take, or is refused at once (default: 15GiB)", {"metavar": "SIZE"}),
     *_settings(MACHINE),
@@ -71,7 +72,7 @@ OPTIONS: list[Option] = [
     (MACHINE, "--overwrite", "replace outputs that exist, --image itself if named", SWITCH),
     (MACHINE, "--record", "keep what repeats the run in the file (default: on)", {**ON_OFF, "default": True}),
 ]
-PLANNED = ("--model", "--config", "--guidance", "--count", "--device", "--dtype", "--budget", "--json")
+PLANNED = ("--model", "--config", "--guidance", "--count", "--device", "--fast", "--dtype", "--budget", "--json")
 REPEATED = {"model", "config", "image", "mask", "dtype", *(field.name for field in fields(Settings))}  # by --like
 
 

@@ -39,7 +39,9 @@ def paint(options: Namespace, note: Note) -> None:
     told = record | {"seed": settings.seeds[-1]} if options.record else None
     check_target(options.targets[-1], frame, told, options.profile == "minpaint")
     # up to here everything was cheap to check; now come the weights
-    painter = open_painter(options.model or "tiny", options.device, options.dtype, options.budget, options.config)
+    painter = open_painter(
+        options.model or "tiny", options.device, options.dtype, options.budget, options.config, options.fast
+    )
     note(f"{painter.name} on {painter.device}, {dtype_name(painter.dtype)}")
     if options.explain_mask is not None:
         views = painter.views(frame, settings)

@@ -10,7 +10,7 @@ from minpaint.checkpoint.load import outline
 from minpaint.cli.options import Note
 from minpaint.engine.budget import choose_budget, format_size, used_memory
 from minpaint.engine.calls import Request
-from minpaint.engine.device import choose_device, choose_dtype, dtype_name
+from minpaint.engine.device import choose_device, choose_dtype, dtype_name, remarks
 from minpaint.engine.plan import Planner, round_up
 from minpaint.errors import InputError
 from minpaint.picture.view import WHOLE
@@ -26,7 +26,8 @@ def plan(options: Namespace, note: Note) -> None:
     device = choose_device(options.device, absent=True)
     dtype = choose_dtype(options.dtype, device)
     budget = choose_budget(options.budget, device)
-    planner = Planner(outline(options.model, dtype_name(dtype) == "fp16", options.config), device, dtype)
+    architecture = outline(options.model, dtype_name(dtype) == "fp16", options.config)
+    planner = Planner(architecture, device, dtype, fast=options.fast)
     factor, native = planner.architecture.vae.factor, planner.architecture.unet.sample_size
     width, height = (-(-int(side) // factor) * factor for side in size.groups())
     request = Request(width, height, settings.count, settings.guidance > 1, again=False)
@@ -43,9 +44,9 @@ def plan(options: Namespace, note: Note) -> None:
     print(f"smallest budget for this: {round_up(smallest)}")
     if largest is not None:
         print(f"largest picture of this shape in {format_size(budget)}: {largest[0]}x{largest[1]}")
-    if planner.on_cuda:
-        print("the driver's CUDA context, 0.3 to 0.6 GiB, comes on top and is not in the budget")
-    else:
+    for line in remarks(device):
+        print(line)
+    if not planner.on_gpu:
         print(f"{format_size(base)} of it are the interpreter and the libraries")
     if width * height > WHOLE * (native * factor) ** 2:
         print("paint shows the network a crop of a picture of this size, unless told --context whole")

@@ -90,7 +90,7 @@ class Calls:
 
     own: the checkpoint's own modules; somebody may have replaced those of `networks`, and a
     replacement is called as it is. guided: the second half of every batch of the UNet repeats the
-    first beside another prompt. on_cuda: what computes is a GPU, on which layers stay as written.
+    first beside another prompt. on_gpu: what computes is a GPU, on which layers stay as written.
     thresholds: where faster ways to compute begin to pay.
     """
 
@@ -100,11 +100,11 @@ class Calls:
         own: tuple[nn.Module, ...],
         device: torch.device,
         guided: bool,
-        on_cuda: bool,
+        on_gpu: bool,
         thresholds: Thresholds,
     ) -> None:
         self.networks, self.own, self.device = networks, own, device
-        self.guided, self.on_cuda, self.thresholds = guided, on_cuda, thresholds
+        self.guided, self.on_gpu, self.thresholds = guided, on_gpu, thresholds
         self.forget()
 
     def forget(self) -> None:
@@ -161,7 +161,7 @@ class Calls:
         if not self._is_own(network):
             yield strategy.dtype
             return
-        forms = None if self.on_cuda else strategy.arithmetic
+        forms = None if self.on_gpu else strategy.arithmetic
         prompt = self.prompt if strategy.fast else None
         paired = paired and strategy.fast
         with accelerated(network, forms, strategy.fast, prompt, paired, cache, self.thresholds):

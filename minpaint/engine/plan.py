@@ -36,9 +36,9 @@ BANDS = (None, 16, 64)
 QUERY_ROWS = (None, 1024, 128)  # of attention that keeps its scores; a fused kernel does not
 LATENTS = 24  # float32 tensors of the latents' shape around the UNet: sampler, history, conditioning
 
-# On CUDA: the workspaces of cuBLAS, and the share that the caching allocator cannot use of what it holds.
-CUDA_LIBRARIES = 32 * 2**20
-CUDA_RESERVE = 1 / 16
+# On a GPU: the workspaces of its library, and the share that the caching allocator cannot use of what it holds.
+GPU_LIBRARIES = 32 * 2**20
+GPU_RESERVE = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Planner:
 
     arithmetic: the number format computed in; None leaves it to the processor. fused: whether
     attention has a kernel that does not keep all scores; None asks the device. thresholds: where
-    faster ways to compute begin to pay.
+    faster ways to compute begin to pay. fast: use the faster forms of a GPU, too.
     """
 
     def __init__(
@@ -131,12 +131,13 @@ class Planner:
         arithmetic: torch.dtype | None = None,
         fused: bool | None = None,
         thresholds: Thresholds = DEFAULTS,
+        fast: bool = False,
     ) -> None:
         self.architecture, self.device, self.dtype, self.thresholds = architecture, device, dtype, thresholds
-        self.on_cuda = device.type == "cuda"
+        self.on_gpu, self.fast = device.type != "cpu", fast
         self.arithmetic = arithmetic or choose_arithmetic(device, dtype)
         self.fused = attention_is_fused(device, self.arithmetic) if fused is None else fused
-        self.reserve = CUDA_RESERVE if self.on_cuda else 0.0
+        self.reserve = GPU_RESERVE if self.on_gpu else 0.0
         self.measured: dict[Any, tuple[int, int]] = {}
         self.orders: dict[str, list[str]] = {}
 
@@ -240,16 +241,17 @@ class Planner:
         plain, limits = Strategy(self.dtype, self.arithmetic), self.thresholds
         slices = [replace(plain, query_rows=rows) for rows in ((None,) if self.fused else QUERY_ROWS)]
         speeds: list[dict[str, Any]] = [{"fast": True}, {}]
-        if not self.on_cuda:
+        if not self.on_gpu:
             speeds.insert(0, {"fast": True, "keeps_heap": True})
+        elif not self.fast:
+            del speeds[0]
         if name == "text":
             yield plain
         elif name == "denoise":
             many, long = request.rows * request.area > limits.cached_pixels, request.steps >= limits.cached_steps
             pays = long and not many
-            if caches and (
-                self.on_cuda or (can_cache(self.dtype, self.arithmetic) and (pays or self.arithmetic != torch.float32))
-            ):
+            on_cpu = can_cache(self.dtype, self.arithmetic) and (pays or self.arithmetic != torch.float32)
+            if caches and (self.fast if self.on_gpu else on_cpu):
                 yield from (replace(each, batch=request.rows, caches=True, **speeds[0]) for each in slices)
             for speed in speeds:
                 batch = request.rows
@@ -257,7 +259,7 @@ class Planner:
                     yield from (replace(each, batch=batch, **speed) for each in slices)
                     batch //= 2
         else:
-            if not self.on_cuda:
+            if not self.on_gpu:
                 yield from (replace(plain, **speed) for speed in speeds[:-1])
             yield from (replace(each, bands=bands) for bands in BANDS for each in slices)
 
@@ -272,8 +274,8 @@ class Planner:
     ) -> Phase:
         """budget: of streamed weights as many stay resident as it has room for; None loads all of them."""
         activations, cached = self._measure(name, request, strategy)
-        extra = CUDA_LIBRARIES
-        if not self.on_cuda:
+        extra = GPU_LIBRARIES
+        if not self.on_gpu:
             activations, extra = additions(name, request, strategy, activations)
         split, weights = None, self._size(name) + cached
         if budget is not None:
@@ -308,7 +310,7 @@ class Planner:
         """One call of a phase's network on tensors without numbers."""
         config, factor, networks = self.architecture, self.architecture.vae.factor, self.networks
         own, nowhere = (networks.unet, networks.vae), torch.device("meta")
-        calls = Calls(networks, own, nowhere, request.guided, self.on_cuda, self.thresholds)
+        calls = Calls(networks, own, nowhere, request.guided, self.on_gpu, self.thresholds)
         calls.prepare(networks.unet if name == "denoise" else networks.vae, strategy)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
