@@ -21,7 +21,7 @@ from minpaint.schedule import SAMPLER_OF_CLASS, SchedulerConfig
 UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 FILES = (UNET, VAE, TEXT, SCHEDULER)
-# The most of each that a file may ask for: far more than any checkpoint has, and blank models are still made in seconds.
+# The most of each that a file may ask for: more than any checkpoint has, and blank models are still made in seconds.
 LEVELS, LAYERS, TEXT_LAYERS, WIDTH, ENTRIES = 8, 16, 256, 2**16, 2**20
 REQUIRED = object()  # as a default: the file must say it
 ANY = object()  # as the one value of a key: whatever the file says changes nothing
