@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 HIDDEN = ".minpaint-"  # how the names of files begin that are not written to their end
 RECORD = "minpaint"  # keyword of the record's PNG text chunk, and a key of every record
+TEXTS = ("model", "config", "image", "mask", "dtype")  # fields of a record that are text, or null
 NO_TEXT = (RECORD, "XML:com.adobe.xmp")  # text chunks that are not carried over as they are
 EXIF_FOLDER, GPS_FOLDER, USER_COMMENT, ASCII = 0x8769, 0x8825, 0x9286, b"ASCII\0\0\0"
 INFO = ("icc_profile", "dpi", "xmp", "comment")  # metadata that Pillow takes as options by these names
@@ -178,7 +179,11 @@ def read_record(source: ImageSource) -> Record:
         record = json.loads(text)
     except ValueError:
         record = None
-    if not isinstance(record, dict) or RECORD not in record:
+    if (
+        not isinstance(record, dict)
+        or RECORD not in record
+        or not all(isinstance(record.get(name), str | None) for name in TEXTS)
+    ):
         name = getattr(source, "name", source)
         raise InputError(f"{name} holds no record of a painting; only files that minpaint wrote do")
     return record
