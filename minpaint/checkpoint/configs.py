@@ -44,7 +44,7 @@ def _counts(key: str, default: Any) -> Row:
     return key, default, check, f"must be counts of 1 to {WIDTH}, one for each of 1 to {LEVELS} levels"
 
 
-def _number(key: str, default: float, limit: float = float("inf")) -> Row:
+def _number(key: str, default: float, limit: float = 1e6) -> Row:
     wanted = f"must be more than 0 and less than {limit:g}"
     return key, default, lambda x: type(x) in (int, float) and 0 < x < limit, wanted
 
@@ -131,7 +131,7 @@ TEXT_FIELDS = {
 # (pipeline_stable_diffusion_inpaint.py, __init__); a value that the file states is kept.
 SCHEDULER_FIELDS = {
     "train_steps": _count("num_train_timesteps", 1000),
-    "beta_start": _number("beta_start", 0.0001),
+    "beta_start": _number("beta_start", 0.0001, limit=1),
     "beta_end": _number("beta_end", 0.02, limit=1),
     "beta_schedule": _choice("beta_schedule", "linear", "linear", "scaled_linear"),
     "prediction": _choice("prediction_type", "epsilon", "epsilon", "v_prediction"),
@@ -207,6 +207,7 @@ def text_config(source: Json) -> TextConfig:
     """
     values = _read(TEXT, source, TEXT_FIELDS, {}, others=True)
     del values["classes"], values["model_type"]
+    values["layer_norm_eps"] = float(values["layer_norm_eps"])  # transformers takes no 1 for 1.0
     width, heads = values["hidden_size"], values["num_attention_heads"]
     _check(width % heads == 0, TEXT, "num_attention_heads", heads, "must divide hidden_size")
     return TextConfig(**values)

@@ -95,7 +95,7 @@ def read_directory(path: Path) -> dict[str, Stored]:
                 header = json.loads(file.read(length))
         except SafetensorError as error:
             raise CheckpointError(f"{path}: damaged or no safetensors file ({error}); fetch it again") from None
-        except (RuntimeError, OverflowError) as error:
+        except (RuntimeError, OverflowError, MemoryError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from None
     header.pop("__metadata__", None)
     if not header:
