@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 Files = dict[str, bytes]
+Headers = dict[str, str]
+Fault = Callable[["_Handler", bytes, Headers], object]  # answers in place of the hub: takes what that would have sent
 NAME = "someone/small-inpainting"
 FIRST, SECOND = "a1" * 20, "b2" * 20  # commits
 
@@ -44,6 +49,8 @@ class TinyHub:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.refusals: dict[str, tuple[int, str]] = {}  # beginning of a path: status, error code
+        self.faults: dict[str, Fault] = {}  # beginning of a path: what happens to a GET of it
+        self.closed = threading.Event()
         self.breaks: set[str] = set()  # names of files that come by half, and then no more
         self.broken: set[str] = set()
         self.blobs: dict[str, tuple[str, bytes]] = {}
@@ -71,6 +78,7 @@ class TinyHub:
         return [*names, *(self.blobs[path[5:]][0] for path in contents if path.startswith("/cdn/"))]
 
     def close(self) -> None:
+        self.closed.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -146,9 +154,17 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, sent: int | None = None) -> None:
-        """Send an answer, or its first `sent` bytes before the line breaks."""
+        """Send an answer, or its first `sent` bytes before the line breaks; or what a fault makes of it."""
+        for beginning, fault in self.tiny_hub.faults.items():
+            if self.path.startswith(beginning) and self.command == "GET":
+                self.close_connection = True
+                fault(self, body, headers or {})
+                return
+        self.send(status, body, headers or {}, sent)
+
+    def send(self, status: int, body: bytes, headers: Headers, sent: int | None = None) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
@@ -157,6 +173,56 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+# ---- faults ----
+
+
+def stall(handler: _Handler, body: bytes, headers: Headers) -> None:
+    """Nothing comes, and the line stays open."""
+    handler.tiny_hub.closed.wait(120)
+
+
+def stall_halfway(handler: _Handler, body: bytes, headers: Headers) -> None:
+    handler.send(200, body, headers, len(body) // 2)
+    handler.wfile.flush()
+    handler.tiny_hub.closed.wait(120)
+
+
+def reset(handler: _Handler, body: bytes, headers: Headers) -> None:
+    """Half of it comes, then the connection is reset."""
+    handler.send(200, body, headers, len(body) // 2)
+    handler.wfile.flush()
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+
+
+def too_little(handler: _Handler, body: bytes, headers: Headers) -> None:
+    """A whole answer, but of half the file."""
+    handler.send(200, body[: len(body) // 2], headers)
+
+
+def too_much(handler: _Handler, body: bytes, headers: Headers) -> None:
+    handler.send(200, body + b"more", headers)
+
+
+def web_page(handler: _Handler, body: bytes, headers: Headers) -> None:
+    """What a network sends that wants somebody to log in first."""
+    handler.send(200, b"<!DOCTYPE html><title>Log in</title>", {"Content-Type": "text/html"})
+
+
+def other_content(handler: _Handler, body: bytes, headers: Headers) -> None:
+    """As many bytes as there should be, but others."""
+    handler.send(200, bytes(byte ^ 1 for byte in body), headers)
+
+
+def redirect(place: str) -> Fault:
+    return lambda handler, body, headers: handler.send(302, b"", {"Location": place})
+
+
+def status(code: int, **headers: str) -> Fault:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda handler, body, _: handler.send(code, b"", named)
 
 
 def sha256(content: bytes) -> str:

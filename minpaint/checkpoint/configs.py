@@ -21,7 +21,8 @@ from minpaint.schedule import SAMPLER_OF_CLASS, SchedulerConfig
 UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 FILES = (UNET, VAE, TEXT, SCHEDULER)
-LARGEST = 2**20  # of any count; larger ones overflow the arithmetic of shapes
+# The most of each that a file may ask for: more than any checkpoint has, and blank models are still made in seconds.
+LEVELS, LAYERS, TEXT_LAYERS, WIDTH, ENTRIES = 8, 16, 256, 2**16, 2**20
 REQUIRED = object()  # as a default: the file must say it
 ANY = object()  # as the one value of a key: whatever the file says changes nothing
 
@@ -29,8 +30,8 @@ Json = Mapping[str, Any]
 Row = tuple[str, Any, Callable[[Any], bool], str]  # a key, its default, a check of its value, what the check wants
 
 
-def _count(key: str, default: Any, least: int = 1) -> Row:
-    return key, default, lambda n: type(n) is int and least <= n <= LARGEST, f"must be {least} to {LARGEST}"
+def _count(key: str, default: Any, most: int = WIDTH, least: int = 1) -> Row:
+    return key, default, lambda n: type(n) is int and least <= n <= most, f"must be {least} to {most}"
 
 
 def _counts(key: str, default: Any) -> Row:
@@ -38,12 +39,12 @@ def _counts(key: str, default: Any) -> Row:
 
     def check(value: Any) -> bool:
         entries = [value] if isinstance(default, int) and not isinstance(value, list) else value
-        return isinstance(entries, list) and entries != [] and all(map(_count(key, 1)[2], entries))
+        return isinstance(entries, list) and 0 < len(entries) <= LEVELS and all(map(_count(key, 1)[2], entries))
 
-    return key, default, check, "must be counts, one a level"
+    return key, default, check, f"must be counts of 1 to {WIDTH}, one for each of 1 to {LEVELS} levels"
 
 
-def _number(key: str, default: float, limit: float = float("inf")) -> Row:
+def _number(key: str, default: float, limit: float = 1e6) -> Row:
     wanted = f"must be more than 0 and less than {limit:g}"
     return key, default, lambda x: type(x) in (int, float) and 0 < x < limit, wanted
 
@@ -65,7 +66,7 @@ def _types(key: str, default: Any, *supported: str) -> Row:
 UNET_FIELDS = {
     "in_channels": _choice("in_channels", 4, 4, 9),
     "channels": _counts("block_out_channels", REQUIRED),
-    "layers": _count("layers_per_block", 2),
+    "layers": _count("layers_per_block", 2, LAYERS),
     "down_attention": _types("down_block_types", REQUIRED, "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_attention": _types("up_block_types", REQUIRED, "CrossAttnUpBlock2D", "UpBlock2D"),
     # The reference's name is historical: the number is how many heads there are.
@@ -96,7 +97,7 @@ UNET_FIXED: Json = {
 
 VAE_FIELDS = {
     "channels": _counts("block_out_channels", REQUIRED),
-    "layers": _count("layers_per_block", 1),
+    "layers": _count("layers_per_block", 1, LAYERS),
     "norm_groups": _count("norm_num_groups", 32),
     "scaling_factor": _number("scaling_factor", 0.18215),
     "down": _types("down_block_types", REQUIRED, "DownEncoderBlock2D"),
@@ -118,8 +119,8 @@ TEXT_FIELDS = {
     "layer_norm_eps": _number("layer_norm_eps", 1e-5),
     "max_position_embeddings": _count("max_position_embeddings", 77),
     "num_attention_heads": _count("num_attention_heads", 8),
-    "num_hidden_layers": _count("num_hidden_layers", 12),
-    "vocab_size": _count("vocab_size", 49408),
+    "num_hidden_layers": _count("num_hidden_layers", 12, TEXT_LAYERS),
+    "vocab_size": _count("vocab_size", 49408, ENTRIES),
     "use_attention_mask": _flag("use_attention_mask", False),
     "classes": _types("architectures", ["CLIPTextModel"], "CLIPTextModel"),
     "model_type": _choice("model_type", "clip_text_model", "clip_text_model"),
@@ -130,7 +131,7 @@ TEXT_FIELDS = {
 # (pipeline_stable_diffusion_inpaint.py, __init__); a value that the file states is kept.
 SCHEDULER_FIELDS = {
     "train_steps": _count("num_train_timesteps", 1000),
-    "beta_start": _number("beta_start", 0.0001),
+    "beta_start": _number("beta_start", 0.0001, limit=1),
     "beta_end": _number("beta_end", 0.02, limit=1),
     "beta_schedule": _choice("beta_schedule", "linear", "linear", "scaled_linear"),
     "prediction": _choice("prediction_type", "epsilon", "epsilon", "v_prediction"),
@@ -206,6 +207,7 @@ def text_config(source: Json) -> TextConfig:
     """
     values = _read(TEXT, source, TEXT_FIELDS, {}, others=True)
     del values["classes"], values["model_type"]
+    values["layer_norm_eps"] = float(values["layer_norm_eps"])  # transformers takes no 1 for 1.0
     width, heads = values["hidden_size"], values["num_attention_heads"]
     _check(width % heads == 0, TEXT, "num_attention_heads", heads, "must divide hidden_size")
     return TextConfig(**values)

@@ -14,18 +14,23 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minpaint.checkpoint.configs import FILES as CONFIGS
-from minpaint.checkpoint.tensorfile import read_index
+from minpaint.checkpoint.tensorfile import read_index, some
 from minpaint.checkpoint.tokenizer import TOKENIZER_FILES, VOCABULARY, is_tokenizer
 from minpaint.errors import CheckpointError
 
 COMPONENTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 PACKAGE = Path(__file__).parent.parent
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # SD 1.x and 2.x share its vocabulary
-REFUSALS = {  # what the hub means by an error of huggingface_hub, and the way out
+SHA256 = re.compile("[0-9a-f]{64}")  # how the hub's cache names large files
+PATIENCE = 20  # seconds that the hub may ask to wait for
+REFUSALS: dict[object, str] = {  # what the hub means by an error of huggingface_hub or a status, and the way out
     "GatedRepoError": "access must be asked for on the hub, then log in with `hf auth login`",
     "RevisionNotFoundError": "the hub has no such revision",
+    403: "the hub forbids it; log in with `hf auth login`, with a token that may read it",
+    429: "the hub has had too many requests; wait some minutes, or log in with `hf auth login`",
     **dict.fromkeys(
         ("RepositoryNotFoundError", "HFValidationError"),
         "the hub has no such repository, or it is private; look for a mirror, or log in with `hf auth login`",
@@ -133,8 +138,8 @@ def fingerprint(files: Iterable[Path]) -> str:
     """One SHA-256 for the weights of a checkpoint: that of its file, or of its files' SHA-256 in order."""
     digests = []
     for path in files:
-        blob = path.resolve().name  # the hub's cache names large files by their SHA-256
-        digests.append(blob if re.fullmatch("[0-9a-f]{64}", blob) else sha256(path))
+        blob = path.resolve().name
+        digests.append(blob if SHA256.fullmatch(blob) else sha256(path))
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -198,6 +203,7 @@ def _download(repository: str, revision: str | None, half: bool) -> Path:
 
     place = f"{repository}{f'@{revision}' if revision else ''}"
     try:
+        _limit_waiting()
         info = HfApi().model_info(repository, revision=revision)
     except Exception as error:  # a refusal, or one of the ways a network can fail
         if folder := _cached(repository, revision, CONFIGS):
@@ -209,7 +215,7 @@ def _download(repository: str, revision: str | None, half: bool) -> Path:
             f"not complete in the cache, and the hub cannot be reached "
             f"({type(error).__name__}: {error}); go online once, or give a folder"
         )
-        raise CheckpointError(f"{place}: {REFUSALS.get(type(error).__name__, trouble)}") from None
+        raise CheckpointError(f"{place}: {_refusal(error) or trouble}") from None
     needed, missing = _needed({file.rfilename for file in info.siblings or []}, half)
     if missing:
         raise CheckpointError(
@@ -225,15 +231,58 @@ def _download(repository: str, revision: str | None, half: bool) -> Path:
 
 
 def _get(repository: str, revision: str | None, names: Sequence[str]) -> Path:
-    """Download files of a repository into the cache, where they are not there yet; the folder they are in."""
+    """Download files of a repository into the cache, where they are not there yet; the folder they are in.
+
+    What came otherwise than the hub had announced is deleted, so that the next run fetches it again.
+    """
     from huggingface_hub import snapshot_download, try_to_load_from_cache
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(names)))
+        _limit_waiting()
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(names)))
     except Exception as error:  # a refusal, or one of the ways a network can fail
-        told = REFUSALS.get(type(error).__name__)
+        told = _refusal(error)
         if told is None:
             cached = [try_to_load_from_cache(repository, name, revision=revision) for name in names]
             absent = [name for name, path in zip(names, cached, strict=True) if not isinstance(path, str)]
-            told = f"{', '.join(absent)} cannot be fetched ({type(error).__name__}: {error}); try again online"
+            told = f"{some(absent)} cannot be fetched ({type(error).__name__}: {error}); try again online"
         raise CheckpointError(f"{repository}: {told}") from None
+    for name in names:
+        blob = (folder / name).resolve()
+        if SHA256.fullmatch(blob.name):
+            try:
+                verify(blob, blob.name)
+            except CheckpointError:
+                blob.unlink()
+                raise CheckpointError(f"{repository}: {name} came damaged, and was deleted; run it again") from None
+    return folder
+
+
+def _limit_waiting() -> None:
+    """Give every request of huggingface_hub a timeout, which some lack, and refuse long waits, which it would sleep."""
+    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT as LIMIT
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+
+    def limit(request: Any) -> None:
+        given = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {
+            each: given.get(each) or LIMIT for each in ("connect", "read", "write", "pool")
+        }
+
+    def refuse_wait(response: Any) -> None:
+        headers = response.headers
+        waits = [headers.get("Retry-After", "0"), *re.findall(r"t=(\d+)", headers.get("RateLimit", ""))]
+        if response.status_code == 429 and not all(wait.isdecimal() and int(wait) <= PATIENCE for wait in waits):
+            response.raise_for_status()
+
+    hooks = getattr(get_session(), "event_hooks", None)  # versions before 1.0 have none, and wait as long as they like
+    if hooks is not None and not hooks["response"]:
+        get_session().event_hooks = {"request": [*hooks["request"], limit], "response": [refuse_wait]}
+
+
+def _refusal(error: Exception) -> str | None:
+    """What a refusal of the hub means, and the way out; None if the trouble is another."""
+    causes = (error, error.__cause__)
+    keys = [type(cause).__name__ for cause in causes]
+    statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
+    return next((REFUSALS[key] for key in (*keys, *statuses) if key in REFUSALS), None)

@@ -9,6 +9,7 @@ import ctypes
 import json
 import math
 import mmap
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from minpaint.errors import CheckpointError
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE = 2**20  # numbers read at a time where they are converted on the way
 ALIGNMENT = 64  # bytes; where PyTorch puts a tensor of its own (c10/core/alignment.h)
+LONGEST = 2**24  # bytes of a header or a JSON file; the largest checkpoints have some hundred thousand
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Stored:
     """Where a tensor is stored: in which file, under which key, with which shape and kind ("F16").
 
     start, size: its bytes in the file. A part of a fused tensor is a range of the bytes of its key;
-    the shape may leave out axes of size 1 that the file has.
+    the shape may leave out axes of size 1 that the file has. version: which file it was when its
+    header was read (`_version`); the weights are not read from any other.
     """
 
     file: Path
@@ -41,6 +44,7 @@ class Stored:
     kind: str
     start: int
     size: int
+    version: tuple[int, ...] = ()
 
     def part(self, index: int, parts: int) -> Stored:
         """One of `parts` equal ranges of rows.
@@ -78,23 +82,28 @@ def read_directory(path: Path) -> dict[str, Stored]:
     that the tensors fill the file without gaps or overlaps.
     """
     with _open(path) as file:
-        _refuse_disguise(path, file.read(64))
+        version, beginning = _version(file.fileno()), file.read(64)
+        _refuse_disguise(path, beginning)
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path}: not a .safetensors file, the only kind of weights that is opened")
         try:
+            length = int.from_bytes(beginning[:8], "little")
+            if length > LONGEST:
+                raise SafetensorError(f"its header would have {length} bytes")
             with safe_open(path, framework="pt", device="cpu"):
-                file.seek(0)
-                length = int.from_bytes(file.read(8), "little")
+                file.seek(8)
                 header = json.loads(file.read(length))
         except SafetensorError as error:
             raise CheckpointError(f"{path}: damaged or no safetensors file ({error}); fetch it again") from None
-        except (RuntimeError, OverflowError) as error:
+        except (RuntimeError, OverflowError, MemoryError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from None
     header.pop("__metadata__", None)
     if not header:
         raise CheckpointError(f"{path}: holds no tensors")
+    if empty := [key for key, entry in header.items() if 0 in entry["shape"]]:
+        raise CheckpointError(f"{path}: tensors without a number: {some(empty)}")
     return {
-        key: Stored(path, key, tuple(entry["shape"]), entry["dtype"], 8 + length + start, end - start)
+        key: Stored(path, key, tuple(entry["shape"]), entry["dtype"], 8 + length + start, end - start, version)
         for key, entry in header.items()
         for start, end in [entry["data_offsets"]]
     }
@@ -102,12 +111,14 @@ def read_directory(path: Path) -> dict[str, Stored]:
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file; CheckpointError if there is none."""
+    if not path.exists():
+        raise CheckpointError(f"{name} is missing in {path.parent}")
+    with _open(path) as file:
+        text = file.read(LONGEST + 1)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{name} is missing in {path.parent}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a readable JSON file ({error})") from None
+        content = json.loads(text.decode()) if len(text) <= LONGEST else None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a readable JSON file ({error}); fetch it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return content
@@ -143,8 +154,8 @@ def read_shards(index: Path) -> dict[str, Stored]:
 
 def read_tensors(directory: Directory) -> Iterator[tuple[str, Tensor]]:
     """Every floating-point tensor of a directory, by name, as a view of its mapped file (no copy if it is aligned)."""
-    for path in dict.fromkeys(stored.file for stored in directory.values()):
-        with _open(path) as file:
+    for path, version in dict.fromkeys((stored.file, stored.version) for stored in directory.values()):
+        with _open(path, version) as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         for name, stored in directory.items():
             if stored.file == path:
@@ -170,7 +181,7 @@ def read_into(stored: Stored, target: Tensor, buffer: Tensor) -> None:
     """
     kind = FLOATS[stored.kind]
     flat = target.view(-1)
-    with _open(stored.file) as file:
+    with _open(stored.file, stored.version) as file:
         file.seek(stored.start)
         if kind == target.dtype:
             _fill(file, flat)
@@ -213,15 +224,29 @@ def some(names: list[str], limit: int = 3) -> str:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    """A file open for reading without a buffer; CheckpointError if it is missing or cannot be read."""
+def _open(path: Path, version: tuple[int, ...] = ()) -> Iterator[BinaryIO]:
+    """A file open for reading without a buffer.
+
+    CheckpointError if it is missing, cannot be read, or in the end is not what it was at first, or in `version`.
+    """
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
+            raise OSError("it is not a file")
         with path.open("rb", buffering=0) as file:
+            version = version or _version(file.fileno())
             yield file
+            if _version(path) != version:
+                raise CheckpointError(f"{path}: was changed while it was in use; start again")
     except CheckpointError:  # which is a ValueError too
         raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
+
+
+def _version(file: Path | int) -> tuple[int, ...]:
+    """What differs once a file is replaced (device and number) or written to (size and time)."""
+    state = os.stat(file)
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def _refuse_disguise(path: Path, start: bytes) -> None:

@@ -33,6 +33,7 @@ def load_tokenizer(folder: Path, pad_token: str | None = None) -> Any:
         if pad_token is not None:
             tokenizer.pad_token = pad_token
         length = int(tokenizer.model_max_length)
+        tokenizer("a\U0001f415", padding="max_length", max_length=9, truncation=True)  # needs every special token
     except Exception as error:  # the library raises many kinds of error for a damaged file
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error})") from None
     if length < 3:

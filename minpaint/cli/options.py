@@ -127,9 +127,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
         with without_chatter():
             record = read_record(source(options.like, "file"))
-        for name in ("model", "config", "image", "mask", "dtype"):
-            if not isinstance(record.get(name, ""), (str, type(None))):
-                raise InputError(f"the record in {options.like} is damaged: {name} is no text; leave out --like")
         options = make_parser(record).parse_args(arguments)
     for name in ("image", "prompt"):
         if getattr(options, name) is None:
