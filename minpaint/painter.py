@@ -166,9 +166,7 @@ class Painter:
         least = least_cells(self.unet_config, self.vae_config)
         return choose_views(frame, settings, self.unet_config.sample_size * factor, factor, least)
 
-    def request(
-        self, frame: Frame, settings: Settings, views: list[View | ReferenceView], saving: int = 0
-    ) -> Request:
+    def request(self, frame: Frame, settings: Settings, views: list[View | ReferenceView], saving: int = 0) -> Request:
         """What a painting in these views asks of memory: the largest of them decides."""
         width, height = max((view.extent for view in views), key=lambda extent: extent[0] * extent[1])
         started = settings.count if len(views) > 1 else 0

@@ -8,11 +8,13 @@ from argparse import Namespace
 
 from minpaint.checkpoint.load import outline
 from minpaint.cli.options import Note
-from minpaint.engine.budget import choose_budget, format_size, used_memory
+from minpaint.engine.additions import loaded
+from minpaint.engine.budget import choose_budget, format_size, release_cached, used_memory
 from minpaint.engine.calls import Request
 from minpaint.engine.device import choose_device, choose_dtype, dtype_name
 from minpaint.engine.plan import Planner, round_up
 from minpaint.errors import InputError
+from minpaint.picture.saving import SAVING
 from minpaint.picture.view import WHOLE
 from minpaint.settings import Settings
 
@@ -29,8 +31,10 @@ def plan(options: Namespace, note: Note) -> None:
     planner = Planner(outline(options.model, dtype_name(dtype) == "fp16", options.config), device, dtype)
     factor, native = planner.architecture.vae.factor, planner.architecture.unet.sample_size
     width, height = (-(-int(side) // factor) * factor for side in size.groups())
-    request = Request(width, height, settings.count, settings.guidance > 1, again=False)
-    base = used_memory(device)
+    guided, saving = settings.guidance > 1, max(SAVING.values())
+    request = Request(width, height, settings.count, guided, again=False, saving=saving, opened=False)
+    release_cached(device)
+    base = used_memory(device) + (0 if planner.on_cuda else loaded(planner.architecture.text.vocab_size))
     plan = planner.choose(request, budget, base)
     smallest, largest = planner.least(request, base), planner.largest(request, budget, base)
     if options.json:
@@ -46,6 +50,6 @@ def plan(options: Namespace, note: Note) -> None:
     if planner.on_cuda:
         print("the driver's CUDA context, 0.3 to 0.6 GiB, comes on top and is not in the budget")
     else:
-        print(f"{format_size(base)} of it are the interpreter and the libraries")
+        print(f"{format_size(base)} of it are the interpreter, the libraries")
     if width * height > WHOLE * (native * factor) ** 2:
         print("paint shows the network a crop of a picture of this size, unless told --context whole")
