@@ -8,11 +8,13 @@ from argparse import Namespace
 
 from minpaint.checkpoint.load import outline
 from minpaint.cli.options import Note
-from minpaint.engine.budget import choose_budget, format_size, used_memory
+from minpaint.engine.additions import loaded
+from minpaint.engine.budget import choose_budget, format_size, release_cached, used_memory
 from minpaint.engine.calls import Request
 from minpaint.engine.device import choose_device, choose_dtype, dtype_name, remarks
 from minpaint.engine.plan import Planner, round_up
 from minpaint.errors import InputError
+from minpaint.picture.saving import SAVING
 from minpaint.picture.view import WHOLE
 from minpaint.settings import Settings
 
@@ -30,8 +32,10 @@ def plan(options: Namespace, note: Note) -> None:
     planner = Planner(architecture, device, dtype, fast=options.fast)
     factor, native = planner.architecture.vae.factor, planner.architecture.unet.sample_size
     width, height = (-(-int(side) // factor) * factor for side in size.groups())
-    request = Request(width, height, settings.count, settings.guidance > 1, again=False)
-    base = used_memory(device)
+    guided, saving = settings.guidance > 1, max(SAVING.values())
+    request = Request(width, height, settings.count, guided, again=False, saving=saving, opened=False)
+    release_cached(device)
+    base = used_memory(device) + (0 if planner.on_gpu else loaded(planner.architecture.text.vocab_size))
     plan = planner.choose(request, budget, base)
     smallest, largest = planner.least(request, base), planner.largest(request, budget, base)
     if options.json:
@@ -47,6 +51,6 @@ def plan(options: Namespace, note: Note) -> None:
     for line in remarks(device):
         print(line)
     if not planner.on_gpu:
-        print(f"{format_size(base)} of it are the interpreter and the libraries")
+        print(f"{format_size(base)} of it are the interpreter, the libraries")
     if width * height > WHOLE * (native * factor) ** 2:
         print("paint shows the network a crop of a picture of this size, unless told --context whole")

@@ -23,6 +23,13 @@ MATCHED, SEAM = 124, 62
 # Pictures, in bytes a pixel: one of any mode; giving a painting the original's mode; an original, its mask,
 # its hole and its cover.
 PICTURE, COMPLETED, FRAME = 4, 6, 7
+# What a painter takes before it plans: its code, and a tokenizer, in bytes a token.
+CODE, TOKEN = 4 * 2**20, 320
+
+
+def loaded(tokens: int) -> int:
+    """Bytes that a painter with so many tokens takes before it plans, and that the verb `plan` has not taken."""
+    return CODE + TOKEN * tokens
 
 
 class Additions(NamedTuple):
@@ -36,7 +43,8 @@ def additions(name: str, request: Request, strategy: Strategy, taken: int) -> Ad
     """What a phase takes on a CPU whose network's call makes tensors of so many bytes."""
     canvas, whole = request.starts * request.area, request.pixels
     part, seam = request.part or request.area, request.seam or request.area
-    tensors, pictures, after = 0, PICTURE * request.started * whole, 0
+    frame = 0 if request.opened else FRAME * whole
+    tensors, pictures, after = 0, PICTURE * request.started * whole + frame, 0
     if name == "encode":
         taken += COPY * canvas
         tensors = max(FILLING * canvas, SEEN * part)
@@ -44,7 +52,7 @@ def additions(name: str, request: Request, strategy: Strategy, taken: int) -> Ad
         scaled = 3 * 4 * request.area + (SCALED * part if part != request.area else 0)
         tensors = scaled + max(MATCHED * seam, SHOWN * part)
         pictures += PICTURE * (request.count * whole + 3 * part)
-        after = PICTURE * request.count * whole + max(COMPLETED * whole + SEAM * seam, request.saving * whole)
+        after = frame + PICTURE * request.count * whole + max(COMPLETED * whole + SEAM * seam, request.saving * whole)
     kept = min(int(HEAP[0] * taken), HEAP[1])
     if strategy.keeps_heap:
         kept = int(KEPT_HEAP[name] * taken)

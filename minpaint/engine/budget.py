@@ -42,9 +42,11 @@ def parse_budget(budget: str | int | float | None) -> int:
 
 
 def format_size(size: float) -> str:
-    """A number of bytes for people: 1536 is "1.5 KiB"."""
-    power = min(int(size).bit_length() // 10, 4)
-    return f"{size / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+    """A number of bytes for people, in the largest unit of which it has one: 1536 is "1.5 KiB"."""
+    power = 0
+    while power < 4 and float(f"{size / 1024**power:.4g}") >= 1024:
+        power += 1
+    return f"{max(size / 1024**power, min(power, 1)):.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def choose_budget(budget: str | int | float | None, device: torch.device) -> int:

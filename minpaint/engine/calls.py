@@ -27,7 +27,7 @@ class Request:
     width, height: of what the network sees, in pixels. guided: every latent goes through the UNet
     twice, beside either prompt. starts: how many different pictures the paintings start from.
     again: whether the networks are needed once more after the last phase. steps: calls of the UNet.
-    photo: width and height of the whole picture; its area counts once in memory when a run begins.
+    photo: width and height of the whole picture. opened: it is in memory when the run is planned.
     part: pixels of the part of it that is scaled for the network; seam: pixels of the box in which
     colours are matched and the seam is measured; where these are 0, all that the network sees.
     started: copies of the whole picture that views before the last have been painted into.
@@ -46,6 +46,7 @@ class Request:
     seam: int = 0
     started: int = 0
     saving: int = 0
+    opened: bool = True
 
     @property
     def area(self) -> int:

@@ -64,7 +64,7 @@ class Phase:
         """The strategy in words."""
         strategy, said = self.strategy, ["with the others" if self.others else "alone"]
         if self.split is not None:
-            said = [f"streamed, {format_size(self.weights - 2 * self.split.buffer_size)} resident"]
+            said = [f"streamed, {mib(self.weights - 2 * self.split.buffer_size)} resident"]
         if self.name == "denoise":
             said.append("1 row at a time" if strategy.batch == 1 else f"{strategy.batch} rows at a time")
         elif self.name != "text":
@@ -74,7 +74,7 @@ class Phase:
         if strategy.fast:
             said.append("accelerated")
         if self.cached:
-            said.append(f"{format_size(self.cached)} cached in other forms")
+            said.append(f"{mib(self.cached)} cached in other forms")
         return ", ".join(said)
 
 
@@ -97,11 +97,14 @@ class Plan:
         return all(phase.others for phase in self.phases.values())
 
     def table(self) -> str:
-        """The phases in lines for people."""
-        lines = [f"{'phase':8} {'weights':>11} {'others':>11} {'activations':>11} {'peak':>11}  how"]
+        """The phases in lines for people, in MiB; each row adds up to its peak."""
+        lines = ["MiB       base weights others activations   rest   peak  how"]
         for phase in self.phases.values():
-            sizes = (phase.weights, phase.others, phase.activations, phase.peak)
-            lines.append(f"{phase.name:8} " + " ".join(f"{format_size(n):>11}" for n in sizes) + f"  {phase.how}")
+            sizes = (self.base, phase.weights, phase.others, phase.activations, phase.peak)
+            base, weights, others, activations, peak = (round(size / 2**20) for size in sizes)
+            rest = peak - base - weights - others - activations  # what libraries, heap and pictures take, and rounding
+            figures = f"{base:6} {weights:7} {others:6} {activations:11} {rest:6} {peak:6}"
+            lines.append(f"{phase.name:7} {figures}  {phase.how}")
         return "\n".join(lines)
 
     def report(self) -> dict[str, Any]:
@@ -330,6 +333,11 @@ class Planner:
             for _ in range(2 if strategy.fast else 1):  # the first call makes what is kept for the others
                 calls.unet(strategy, x, empty(request.rows), context)
         return calls
+
+
+def mib(size: int) -> str:
+    """Bytes in the unit of the table."""
+    return f"{round(size / 2**20)} MiB"
 
 
 def round_up(size: int) -> str:
