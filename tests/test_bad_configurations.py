@@ -342,7 +342,8 @@ def test_a_missing_tokenizer_is_refused_by_its_folder(file: str, broken: Path) -
         ("tokenizer_config.json", "{"),
         ("tokenizer_config.json", "[]"),
         ("tokenizer.json", "{}"),
-        ("tokenizer_config.json", '{"pad_token": null, "model_max_length": 77}'),
+        ("special_tokens_map.json", '{"bos_token": "<|endoftext|>", "pad_token": null}'),
+        ("vocab.json", "{}"),
         ("vocab.json", '{"a</w>": 0}'),
     ],
 )

@@ -36,6 +36,7 @@ from torch import Tensor
 import minpaint
 from minpaint.checkpoint import hub
 from minpaint.checkpoint.tensorfile import piece_buffer, read_directory, read_into
+from minpaint.painter import open_painter
 from weights.random_checkpoint import write_checkpoint
 
 # ---- bad weights ----
@@ -318,7 +319,7 @@ def test_a_file_that_changed_since_its_header_was_read_is_not_read(
 ) -> None:
     path = broken / FILES["unet"]
     edit(path, lambda tensors: None)  # a file of its own
-    painter = load(broken, dtype=dtype)
+    painter = open_painter(broken, "cpu", dtype, None, None)  # which loads weights when they are needed
     CHANGES[change](path)
     with pytest.raises(minpaint.CheckpointError, match=re.escape(str(path))) as caught:
         painter(picture, mask, "two dogs", steps=1)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minpaint.checkpoint.configs import FILES as CONFIGS
-from minpaint.checkpoint.tensorfile import read_index, some
+from minpaint.checkpoint.tensorfile import read_index
 from minpaint.checkpoint.tokenizer import TOKENIZER_FILES, VOCABULARY, is_tokenizer
 from minpaint.errors import CheckpointError
 
@@ -119,7 +119,7 @@ def verify(path: Path, digest: str) -> None:
     found = sha256(path)
     if found != digest:
         raise CheckpointError(
-            f"{path}: differs from the published file (SHA-256 {found[:12]}..., expected "
+            f"{path.parent.name}/{path.name}: differs from the published file (SHA-256 {found[:12]}..., expected "
             f"{digest[:12]}...); delete {path.resolve()} and fetch it again"
         )
     _remember(note, [found])
@@ -245,7 +245,8 @@ def _get(repository: str, revision: str | None, names: Sequence[str]) -> Path:
         if told is None:
             cached = [try_to_load_from_cache(repository, name, revision=revision) for name in names]
             absent = [name for name, path in zip(names, cached, strict=True) if not isinstance(path, str)]
-            told = f"{some(absent)} cannot be fetched ({type(error).__name__}: {error}); try again online"
+            shown = ", ".join(absent[:3]) + ", ..." * (len(absent) > 3)
+            told = f"{shown} cannot be fetched ({type(error).__name__}: {error}); try again online"
         raise CheckpointError(f"{repository}: {told}") from None
     for name in names:
         blob = (folder / name).resolve()
