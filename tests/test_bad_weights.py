@@ -21,6 +21,7 @@ from folders import (
     alone,
     as_single_file,
     edit,
+    latents,
     load,
     refusal,
     shard,
@@ -324,6 +325,22 @@ def test_a_file_that_changed_since_its_header_was_read_is_not_read(
     with pytest.raises(minpaint.CheckpointError, match=re.escape(str(path))) as caught:
         painter(picture, mask, "two dogs", steps=1)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("change", ["written to", "deleted"])
+def test_weights_that_were_written_to_while_they_are_resident_are_not_painted_with(
+    change: str, broken: Path, picture: Image.Image, mask: Image.Image
+) -> None:
+    path = broken / FILES["unet"]
+    edit(path, lambda tensors: None)
+    painter = load(broken)
+    expected = latents(painter, picture, mask)
+    CHANGES[change](path)
+    if change == "deleted":  # its content stays for whoever has mapped it
+        assert torch.equal(latents(painter, picture, mask), expected)
+        return
+    with pytest.raises(minpaint.CheckpointError, match=re.escape(str(path))):
+        latents(painter, picture, mask)
 
 
 @pytest.mark.parametrize("change", ["replaced by its like", "written to", "deleted"])

@@ -265,10 +265,8 @@ def _limit_waiting() -> None:
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
     def limit(request: Any) -> None:
-        given = request.extensions.get("timeout", {})
-        request.extensions["timeout"] = {
-            each: given.get(each) or LIMIT for each in ("connect", "read", "write", "pool")
-        }
+        if not request.extensions.get("timeout", {}).get("read"):
+            request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), LIMIT)
 
     def refuse_wait(response: Any) -> None:
         headers = response.headers
@@ -283,7 +281,7 @@ def _limit_waiting() -> None:
 
 def _refusal(error: Exception) -> str | None:
     """What a refusal of the hub means, and the way out; None if the trouble is another."""
-    causes = (error, error.__cause__)
-    keys = [type(cause).__name__ for cause in causes]
-    statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
-    return next((REFUSALS[key] for key in (*keys, *statuses) if key in REFUSALS), None)
+    keys: list[object] = []
+    for cause in (error, error.__cause__):
+        keys += [type(cause).__name__, getattr(getattr(cause, "response", None), "status_code", None)]
+    return next((REFUSALS[key] for key in keys if key in REFUSALS), None)
