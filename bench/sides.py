@@ -86,7 +86,7 @@ class Ours:
     def __call__(self, row: str) -> Iterator[Work]:
         """A call ready to be timed; what minpaint caches for it is freed afterwards."""
         case, painter = self.case, self.painter
-        request = Request(case.size, case.size, case.batch, guided=True, pixels=case.size**2, again=False)
+        request = Request(case.size, case.size, case.batch, guided=True, again=False)
         networks = PlainNetworks(painter.unet, painter.vae, painter.text_encoder, painter.tokenizer)
         with painter.engine.run(request, networks) as run:
             yield self.paint if row == "run" else torch.inference_mode()(self.network(run, row))

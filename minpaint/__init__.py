@@ -30,19 +30,21 @@ def load(
     dtype: str | torch.dtype = "auto",
     budget: str | int | None = None,
     config: str | Path | None = None,
+    fast: bool = False,
 ) -> Painter:
     """Load a checkpoint and return the Painter that runs it.
 
     Args:
         model: a name of the catalogue ("sd15", "sd2"), a hub id ("owner/name[@revision]"), a
             folder in diffusers layout, or one safetensors file in latent diffusion's names.
-        device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N", "xpu", "xpu:N" or "mps".
         dtype: of the networks, "auto", "fp32", "bf16", "fp16" or a torch dtype. Latents and the
             samplers' arithmetic stay float32.
         budget: memory to keep within, like "15GiB" (the default) or a number of bytes: on CUDA
             that of all tensors, on the CPU the whole process's.
         config: a folder in diffusers layout whose configurations and tokenizer describe a
             single file; without it the architecture is told from the tensors' shapes.
+        fast: on a GPU, also use recorded graphs and fused layers, which no GPU has tested yet.
 
     All weights are loaded and checked here if the budget can hold them together; otherwise when
     they are needed.
@@ -54,6 +56,6 @@ def load(
     """
     from minpaint.painter import open_painter
 
-    painter = open_painter(model, device, dtype, budget, config)
+    painter = open_painter(model, device, dtype, budget, config, fast)
     painter.engine.keep_loaded()
     return painter

@@ -3,17 +3,17 @@
 LONGEST = 500  # characters of a message
 
 
-def one_line(message: str) -> str:
+def one_line(message: str, longest: int = LONGEST) -> str:
     """A message in one line; of one that quotes something long, the middle is left out."""
     line = " ".join(message.split())
-    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    return line if len(line) <= longest else f"{line[: longest // 2]} ... {line[-longest // 2 :]}"
 
 
 class MinpaintError(ValueError):
-    """Base of every error minpaint raises on purpose; its message is one line."""
+    """Base of every error minpaint raises on purpose; its message is one line of up to `longest` characters."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+    def __init__(self, message: str, longest: int = LONGEST) -> None:
+        super().__init__(one_line(message, longest))
 
 
 class InputError(MinpaintError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +20,13 @@ from minpaint.engine.budget import choose_budget
 from minpaint.engine.calls import Request
 from minpaint.engine.device import choose_device, choose_dtype, without_gradients
 from minpaint.engine.run import Engine, Run
-from minpaint.errors import MinpaintWarning
+from minpaint.errors import InputError, MinpaintWarning
 from minpaint.inpaint import inpaint, seeded_noise
 from minpaint.models.config import least_cells
 from minpaint.models.networks import Networks, PlainNetworks
 from minpaint.picture.frame import Frame, open_frame
 from minpaint.picture.image import ImageSource
-from minpaint.picture.mask import reach_box
+from minpaint.picture.mask import area, reach_box
 from minpaint.picture.seam import NEIGHBOURHOOD, seam_error
 from minpaint.picture.view import ReferenceView, View, choose_views
 from minpaint.samplers import SAMPLERS, Step
@@ -56,9 +58,10 @@ class Job:
     settings: Settings
     frame: Frame
     views: list[View | ReferenceView]
+    start: Image.Image  # the picture that the first view is painted into
     sampler: str
     schedule: Schedule
-    run: Run
+    request: Request
 
 
 class Reached(NamedTuple):
@@ -73,15 +76,18 @@ class Reached(NamedTuple):
 
 
 class Painter:
-    """A loaded checkpoint that paints; made by `minpaint.load`.
+    """A loaded checkpoint that paints, one request at a time; made by `minpaint.load`.
 
     unet(x, t, context): [B, 4 or 9, y, x], [B], [B, 77, D] -> prediction [B, 4, y, x].
     vae.encode(pixels) -> (mean, logvar); vae.decode(latents) -> pixels; latents unscaled.
     text_encoder, tokenizer: transformers' CLIPTextModel and CLIPTokenizer.
     last_run: the last painting's run, with its plan and the memory it took.
+    While it paints, its networks may be called by the thread that paints, and by no other.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, budget: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, budget: int, fast: bool = False
+    ) -> None:
         self.unet: nn.Module = checkpoint.unet
         self.vae = checkpoint.vae
         self.text_encoder = checkpoint.text_encoder
@@ -91,8 +97,10 @@ class Painter:
         self.scheduler_config = checkpoint.scheduler_config
         self.name, self.files = checkpoint.architecture.name, checkpoint.files
         self.device, self.dtype = device, dtype
-        self.engine = Engine(checkpoint, device, dtype, budget)
+        self.engine = Engine(checkpoint, device, dtype, budget, fast)
         self.last_run: Run | None = None
+        self._turn = threading.Lock()  # held for a run, and let go by whichever thread drops unfinished steps
+        self._painting_in: int | None = 0  # the thread that paints; None for steps, which any may take; 0 for none
 
     def __call__(
         self,
@@ -112,7 +120,8 @@ class Painter:
             options: negative_prompt, steps, guidance, seed, count, ... : the fields of Settings.
 
         Raises:
-            InputError: an argument, the image or the mask cannot be used.
+            InputError: an argument, the image or the mask cannot be used, or the painter is
+                painting already (see `steps`).
             BudgetError: the budget cannot hold the run; nothing has been done then.
             MinpaintError: the network's output is not finite.
         """
@@ -125,31 +134,41 @@ class Painter:
         The options are those of the call, but for `on_step`. A step's x are the latents it ends
         with, [count, 4, y, x] float32, scaled as the UNet sees them; the last step's are the
         painting's. A picture painted in several views gives the steps of each.
+
+        From its first step to its last, or until it is closed or dropped, the painter paints nothing
+        else: InputError. A call in another thread is different, it ends, and is waited for.
         """
         settings = Settings(prompt, **options)
         job = self._job(open_frame(image, mask, settings), settings)
+        with self._run(job, threading.get_ident()):
+            pass  # planned here too, so that a budget is refused now and not at the first step
 
         def steps() -> Iterator[Step]:
-            with job.run as networks:
+            with self._run(job, None) as networks:
                 for reached in self._denoise(job, networks):
                     yield reached.step
 
         return steps()
 
     def paint(
-        self, frame: Frame, settings: Settings, on_step: Callable[[Step], object] | None = None
+        self, frame: Frame, settings: Settings, on_step: Callable[[Step], object] | None = None, saving: int = 0
     ) -> list[Painting]:
-        """The same as the call, with its image and mask in one object and its settings in another."""
-        job, calls = self._job(frame, settings), 0
-        with job.run as networks:
+        """The same as the call, with its image and mask in one object and its settings in another.
+
+        saving: bytes for each pixel that saving a painting takes (saving.SAVING), to be kept within the budget too.
+        """
+        job, calls = self._job(frame, settings, saving), 0
+        with self._run(job, threading.get_ident()) as networks:
             for reached in self._denoise(job, networks):
                 calls += 1
                 if on_step is not None:
                     on_step(reached.step)
             pictures = self._composite(job, networks, reached)
+        step, view, _ = reached
+        del reached  # and with it the pictures that the last view started from
         paintings = []
-        for picture, latents, seed in zip(pictures, reached.step.x, settings.seeds, strict=True):
-            image, hole = reached.view.complete(frame, picture)
+        for latents, seed in zip(step.x, settings.seeds, strict=True):
+            image, hole = view.complete(frame, pictures.pop(0))
             box = reach_box(hole, 2 * NEIGHBOURHOOD)
             seam = seam_error(image.crop(box), hole.crop(box))
             paintings.append(Painting(image, latents.cpu().clone(), seed, calls, seam))
@@ -161,14 +180,26 @@ class Painter:
         least = least_cells(self.unet_config, self.vae_config)
         return choose_views(frame, settings, self.unet_config.sample_size * factor, factor, least)
 
-    def request(self, frame: Frame, settings: Settings, views: list[View | ReferenceView]) -> Request:
+    def request(self, frame: Frame, settings: Settings, views: list[View | ReferenceView], saving: int = 0) -> Request:
         """What a painting in these views asks of memory: the largest of them decides."""
         width, height = max((view.extent for view in views), key=lambda extent: extent[0] * extent[1])
-        pixels, several = frame.original.width * frame.original.height, len(views) > 1
-        starts, steps = settings.count if several else 1, int(settings.steps * settings.strength)
-        return Request(width, height, settings.count, settings.guided, starts, pixels, several, steps)
+        started = settings.count if len(views) > 1 else 0
+        return Request(
+            width,
+            height,
+            settings.count,
+            settings.guided,
+            starts=max(started, 1),
+            again=started > 0,
+            steps=int(settings.steps * settings.strength),
+            photo=frame.original.size,
+            part=max(area(view.box) for view in views),
+            seam=area(reach_box(frame.cover, 2 * NEIGHBOURHOOD)),
+            started=started,
+            saving=saving,
+        )
 
-    def _job(self, frame: Frame, settings: Settings) -> Job:
+    def _job(self, frame: Frame, settings: Settings, saving: int = 0) -> Job:
         """Check all that can be wrong with a request before any work is done."""
         config = self.scheduler_config
         sampler = settings.sampler or config.sampler
@@ -181,15 +212,32 @@ class Painter:
         warm_up = settings.sampler is None and sampler == "pndm" and not config.skip_prk_steps
         schedule = make_schedule(config, sampler, settings.steps, settings.strength, warm_up)
         views = self.views(frame, settings)
-        networks = PlainNetworks(self.unet, self.vae, self.text_encoder, self.tokenizer)
-        run = self.last_run = self.engine.run(self.request(frame, settings, views), networks)
-        return Job(settings, frame, views, sampler, schedule, run)
+        request = self.request(frame, settings, views, saving)
+        return Job(settings, frame, views, frame.begin(), sampler, schedule, request)
+
+    @contextmanager
+    def _run(self, job: Job, thread: int | None) -> Iterator[Run]:
+        """A job's run, planned now, once the painter is free: runs share networks and budget."""
+        while not self._turn.acquire(timeout=0.1):
+            if self._painting_in in (threading.get_ident(), None):
+                raise InputError(
+                    "the painter is painting already: finish or close() its steps() first, or load a second painter"
+                )
+        try:
+            self._painting_in = thread
+            networks = PlainNetworks(self.unet, self.vae, self.text_encoder, self.tokenizer)
+            self.last_run = self.engine.run(job.request, networks)
+            with self.last_run as run:
+                yield run
+        finally:
+            self._painting_in = 0
+            self._turn.release()
 
     @without_gradients
     def _denoise(self, job: Job, networks: Networks) -> Iterator[Reached]:
         """The steps of all views; each view starts from what the ones before have painted."""
         settings, noise = job.settings, seeded_noise(job.settings.seeds)
-        pictures, reached = [job.frame.begin()], None
+        pictures, reached = [job.start], None
         for view in job.views:
             if reached is not None:
                 pictures = self._composite(job, networks, reached)
@@ -228,13 +276,14 @@ def open_painter(
     dtype: str | torch.dtype,
     budget: str | int | None,
     config: str | Path | None,
+    fast: bool = False,
 ) -> Painter:
     """`minpaint.load` for a single painting: weights are loaded for their phase and offloaded after it."""
     place = choose_device(device)
     number_format = choose_dtype(dtype, place)
     size = choose_budget(budget, place)
     checkpoint = build(describe(model, number_format == torch.float16, config), place)
-    return Painter(checkpoint, place, number_format, size)
+    return Painter(checkpoint, place, number_format, size, fast)
 
 
 def _tell(line: str) -> None:

@@ -6,7 +6,6 @@ arguments, `--help`, the record of a painting and README's table are all made fr
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
@@ -32,10 +31,9 @@ def _whole(name: str, value: Any, least: int = 0) -> None:
         raise InputError(f"{name} must be a whole number from {least} up, not {value!r}")
 
 
-def _number(name: str, value: Any, most: float = sys.float_info.max) -> None:
+def _number(name: str, value: Any, most: int) -> None:
     if isinstance(value, bool) or not hasattr(value, "__float__") or not 0 <= value <= most:
-        limits = f"a number from 0 to {most}" if most == 1 else "a finite number from 0 up"
-        raise InputError(f"{name} must be {limits}, not {value!r}")
+        raise InputError(f"{name} must be a number from 0 to {most}, not {value!r}")
 
 
 def _switch(name: str, value: Any) -> None:
@@ -75,6 +73,7 @@ def _margins(name: str, value: Any) -> tuple[int, int, int, int]:
 
 Check = Callable[[str, Any], object]  # takes a field's name and value; raises InputError if it cannot be used
 _positive, _share = partial(_whole, least=1), partial(_number, most=1)
+_weight = partial(_number, most=10**6)  # far beyond use; from 1e30 on, float32 cannot hold the latents
 
 
 def _option(default: Any, group: str, check: Check | tuple[str, ...], text: str, **arguments: Any) -> Any:
@@ -97,7 +96,7 @@ class Settings:
     negative_prompt: str = _option("", WHAT, _text, "what to stay away from", metavar="TEXT")
     steps: int = _option(50, MODEL, _positive, "sampler steps over the whole range of noise")
     # classifier-free guidance: Ho & Salimans 2022, arXiv:2207.12598
-    guidance: float = _option(7.5, MODEL, _number, "weight of the prompt; 1 or less turns guidance off, twice as fast")
+    guidance: float = _option(7.5, MODEL, _weight, "weight of the prompt; 1 or less turns guidance off, twice as fast")
     strength: float = _option(1.0, MODEL, _share, "how much noise the hole starts from, over 0 up to 1; "
         "under 1 it keeps the picture's layout and runs the last part of the steps only")
     sampler: str | None = _option(None, MODEL, SAMPLERS, "default: what the checkpoint names")

@@ -140,7 +140,8 @@ def test_a_vae_that_overflows_is_run_again_in_float32(
         [a] = half(picture, mask, "a dog", steps=2)
     [b] = full(picture, mask, "a dog", steps=2)
     assert {p.dtype for p in half.vae.parameters()} == {torch.float16}
-    assert largest_level_difference(a.image, b.image) <= 12  # half-precision latents, full-precision decoding
+    # half-precision latents, full-precision decoding: 1 level for seeds 0 to 9, where latents differ by 0.4 %
+    assert largest_level_difference(a.image, b.image) <= 2
 
 
 def test_a_network_that_gives_nan_is_an_error(
@@ -176,6 +177,7 @@ def test_a_text_encoder_that_gives_nan_is_an_error(
         ({"guidance": math.nan}, "guidance"),
         ({"guidance": math.inf}, "guidance"),
         ({"guidance": -1}, "guidance"),
+        ({"guidance": 1e308}, "guidance must be a number from 0 to 1000000"),
         ({"guidance": None}, "guidance"),
         ({"strength": 0}, "strength"),
         ({"strength": 1.01}, "strength"),

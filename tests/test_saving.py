@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import struct
+import subprocess
+import sys
+import tempfile
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import make_mask, make_picture
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, ImageChops, PngImagePlugin
 
 from minpaint.errors import InputError, MinpaintError
 from minpaint.picture.frame import Frame, open_frame
 from minpaint.picture.image import KEPT_MODES
-from minpaint.picture.saving import read_record, rehearse, rescue, save
+from minpaint.picture.saving import UNFINISHED, check_target, read_record, save
 from minpaint.settings import Settings
 
 RECORD = {"minpaint": "0", "prompt": "a dög \U0001f415 on a bench", "seed": 3}
@@ -69,16 +71,24 @@ def test_transparency_goes_on_white_in_a_jpeg(tmp_path: Path) -> None:
         assert min(saved.getpixel((49, 0))) > 240  # type: ignore[arg-type]
 
 
-def test_one_changed_pixel_outside_is_an_error_and_nothing_is_written(tmp_path: Path) -> None:
+def test_one_changed_pixel_outside_is_an_error_and_nothing_is_written_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     frame = frame_of(make_picture(50, 37))
     wrong = painted(frame)
     red, green, blue = wrong.getpixel((49, 36))  # type: ignore[misc]
     wrong.putpixel((49, 36), (red, green, blue ^ 1))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
     for target in (tmp_path / "x.png", BytesIO()):
-        with pytest.raises(MinpaintError, match="changed pixels outside: 1 of"):
+        with pytest.raises(MinpaintError, match="changed pixels outside: 1 of") as caught:
             save(wrong, frame, None, target)
+        rescued = Path(str(caught.value).split("the painting is in ")[1])
+        with Image.open(rescued) as image:
+            assert image.tobytes() == wrong.tobytes()
+        rescued.unlink()
     assert target.getvalue() == b""  # type: ignore[union-attr]
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("*.*")) == list((tmp_path / "tmp").iterdir()) == []
     inside = painted(frame)
     inside.putpixel((15, 15), (0, 0, 0))
     assert save(inside, frame, None, tmp_path / "x.png").changed == 0
@@ -108,6 +118,17 @@ def test_a_file_without_a_record_is_said(text: str | None, tmp_path: Path) -> No
     make_picture(9, 9).save(tmp_path / "x.png", pnginfo=info)
     with pytest.raises(InputError, match=r"x\.png holds no record"):
         read_record(tmp_path / "x.png")
+
+
+def test_a_record_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    deep, number = PngImagePlugin.PngInfo(), Image.Exif()
+    deep.add_text("minpaint", "[" * 100_000)
+    make_picture(9, 9).save(tmp_path / "deep.png", pnginfo=deep)
+    number.get_ifd(0x8769)[0x9286] = 1 << 31  # as many zeros, if it was taken for a length
+    make_picture(9, 9).save(tmp_path / "number.png", exif=number)
+    for name in ("deep.png", "number.png"):
+        with pytest.raises(InputError, match=f"file .*{name} holds no record"):
+            read_record(tmp_path / name)
 
 
 @pytest.fixture
@@ -195,78 +216,145 @@ def test_a_preview_of_the_old_picture_is_not_carried_over(tmp_path: Path) -> Non
 
 
 def test_a_format_too_small_for_the_picture_is_said_beforehand() -> None:
-    long, shorter = (frame_of(Image.new("L", (width, 1))) for width in (16384, 16383))
+    def check(name: str, width: int) -> None:
+        strip = Image.new("L", (width, 1), 255)
+        check_target(Path(name), Frame(strip, strip, strip, strip, opaque=False), RECORD)
+
     with pytest.raises(InputError, match="WEBP holds up to 16383"):
-        rehearse(Path("x.webp"), long, None)
-    rehearse(Path("x.webp"), shorter, None)
-    rehearse(Path("x.png"), long, None)
+        check("x.webp", 16384)
+    check("x.webp", 16383)
+    check("x.png", 16384)
+
+
+# What a format cannot hold, and what fails when the painting is done ---------------------------------
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits", "zstd", "lzma", "jpeg"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_the_compression_of_a_tiff_is_not_carried_over(compression: str, mode: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "maker"
+    exif.get_ifd(0x8769)[0x9003] = "2026:11:22 10:00:00"
+    given = make_picture(50, 37).convert(mode)
+    given.save(tmp_path / "a.tif", compression=compression, exif=exif)
+    frame = frame_of(tmp_path / "a.tif")
+    for record in (RECORD, None):
+        check_target(tmp_path / "x.tif", frame, record)
+        receipt = save(painted(frame), frame, record, tmp_path / "x.tif")
+        assert (receipt.changed, receipt.lossless) == (0, True)
+        with Image.open(tmp_path / "x.tif") as saved:
+            assert saved.getexif()[0x010F] == "maker"
+
+
+def test_a_fax_is_painted_in(tmp_path: Path) -> None:
+    make_picture(50, 37).convert("1").save(tmp_path / "a.tif", compression="group4")
+    frame = frame_of(tmp_path / "a.tif")
+    assert save(painted(frame), frame, RECORD, tmp_path / "x.tif").changed == 0
 
 
 @pytest.mark.parametrize(
-    "compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits", "zstd", "lzma", "group4", "jpeg"]
+    ("mode", "clear"), [("P", 3), ("P", bytes([255, 0, 128])), ("L", 90), ("1", 255), ("RGB", "corner")], ids=str
 )
-@pytest.mark.parametrize("exif", [False, True])
-def test_a_tiff_of_any_compression_becomes_one_that_keeps_every_pixel(
-    compression: str, exif: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    picture, tags = make_picture(50, 37).convert("1" if compression == "group4" else "RGB"), Image.Exif()
-    tags[0x010F] = "maker"
-    picture.save(tmp_path / "a.tif", compression=compression, **({"exif": tags} if exif else {}))
-    frame = frame_of(tmp_path / "a.tif")
-    for record in (RECORD, None):
-        rehearse(tmp_path / "b.tif", frame, record)
-        receipt = save(painted(frame), frame, record, tmp_path / "b.tif")
-        assert (receipt.changed, receipt.lossless) == (0, True)
-    assert capfd.readouterr().err == ""  # the library behind Pillow writes there by itself
-
-
-@pytest.mark.parametrize("mode", ["P", "L", "RGB", "1"])
-@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
-def test_a_transparent_colour_stays_transparent(mode: str, suffix: str, tmp_path: Path) -> None:
-    picture = make_picture(50, 37)
-    picture = picture.quantize(200) if mode == "P" else picture.convert(mode)
-    picture.save(tmp_path / "a.png", transparency=picture.getpixel((49, 36)))
-    frame = frame_of(tmp_path / "a.png")
-    rehearse(tmp_path / f"x.{suffix}", frame, RECORD)
-    assert save(painted(frame), frame, RECORD, tmp_path / f"x.{suffix}").changed == 0
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp", "jpg"])
+def test_a_clear_colour_stays_clear(mode: str, clear: Any, suffix: str, tmp_path: Path) -> None:
+    given = make_picture(50, 37).convert("L").convert(mode) if mode == "L" else make_picture(50, 37).convert(mode)
+    given.info["transparency"] = given.getpixel((49, 36)) if clear == "corner" else clear
+    frame = frame_of(given)
+    check_target(tmp_path / f"x.{suffix}", frame, RECORD)
+    receipt = save(painted(frame), frame, RECORD, tmp_path / f"x.{suffix}")
     with Image.open(tmp_path / f"x.{suffix}") as saved:
-        assert saved.convert("RGBA").getpixel((49, 36))[3] == 0  # type: ignore[index]
+        if suffix == "jpg":  # on white
+            assert receipt.largest < 128
+            assert not saved.has_transparency_data
+        else:
+            assert receipt.changed == 0
+            before, after = (picture.convert("RGBA").getchannel("A") for picture in (given, saved))
+            difference = ImageChops.difference(before, after)
+            assert ImageChops.multiply(difference, ImageChops.invert(frame.touched.convert("L"))).getbbox() is None
 
 
-def test_what_a_format_cannot_hold_is_said_before_the_painting() -> None:
+def test_a_lost_clear_colour_counts_as_a_change(tmp_path: Path) -> None:
+    given = make_picture(50, 37)
+    given.info["transparency"] = given.getpixel((49, 36))
+    frame = frame_of(given)
+    opaque = painted(frame)
+    del opaque.info["transparency"]
+    with pytest.raises(MinpaintError, match="changed pixels outside"):
+        save(opaque, frame, None, tmp_path / "x.png")
+
+
+def test_metadata_that_a_format_cannot_hold_is_said_before_painting(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x927C] = bytes(65_000)  # a maker note that fills a JPEG's segment nearly to its end
+    make_picture(50, 37).save(tmp_path / "a.jpg", exif=exif)
+    frame = frame_of(tmp_path / "a.jpg")
+    long = RECORD | {"prompt": "a dog" * 200}
+    check_target(Path("x.jpg"), frame, None)
+    check_target(Path("x.png"), frame, long)
+    check_target(Path("-"), frame, long)
+    with pytest.raises(InputError, match=r"output x\.jpg: JPEG cannot hold .*metadata or record.*--no-record"):
+        check_target(Path("x.jpg"), frame, long)
+
+
+def test_a_painting_that_cannot_be_written_is_left_beside_its_target(tmp_path: Path) -> None:
     frame = frame_of(make_picture(50, 37))
-    with pytest.raises(InputError, match=r"output x\.jpg: a JPEG file cannot hold .*EXIF.*use \.png, or --no-record"):
-        rehearse(Path("x.jpg"), frame, RECORD | {"prompt": "long " * 20_000})
-    rehearse(Path("x.png"), frame, RECORD | {"prompt": "long " * 20_000})
-
-
-def test_a_link_is_written_through(tmp_path: Path) -> None:
-    frame = frame_of(make_picture(50, 37))
-    (tmp_path / "there").mkdir()
-    (tmp_path / "x.png").symlink_to(tmp_path / "there" / "y.png")
-    save(painted(frame), frame, None, tmp_path / "x.png")
-    assert (tmp_path / "x.png").is_symlink()
-    assert [path.name for path in (tmp_path / "there").iterdir()] == ["y.png"]
-
-
-def test_what_dead_processes_left_is_removed_and_what_living_ones_write_is_not(tmp_path: Path) -> None:
-    frame = frame_of(make_picture(50, 37))
-    dead, living = tmp_path / ".minpaint-dead.png", tmp_path / ".minpaint-living.png"
-    dead.write_bytes(b"half")
-    with living.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    (tmp_path / "x.png").mkdir()  # came there while it was painted
+    with pytest.raises(MinpaintError, match=r"output .*x\.png: .*; the painting is in (.*)") as caught:
         save(painted(frame), frame, None, tmp_path / "x.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [living.name, "x.png"]
+    rescued = Path(str(caught.value).split("the painting is in ")[1])
+    assert rescued.parent == tmp_path
+    with Image.open(rescued) as image:
+        assert image.tobytes() == painted(frame).tobytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"x.png", rescued.name}
 
 
-def test_a_painting_is_rescued_to_a_new_file(tmp_path: Path) -> None:
-    picture = make_picture(50, 37)
-    places = [
-        rescue(picture, tmp_path / "x.tif"),
-        rescue(picture, tmp_path / "x.tif"),
-        rescue(picture, Path("/proc/x.png")),
-    ]
-    assert places[:2] == [tmp_path / "x-rescued.png", tmp_path / "x-rescued1.png"]
-    assert places[2] is not None  # in the temporary folder
-    places[2].unlink()
-    assert Image.open(tmp_path / "x-rescued1.png").tobytes() == picture.tobytes()
+def test_a_painting_whose_folder_is_gone_is_left_in_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    picture = make_picture(50, 37).quantize(64)
+    picture.info |= {"transparency": 3, "icc_profile": b"odd"}
+    frame = frame_of(picture)
+    with pytest.raises(MinpaintError, match=r"the painting is in .*long-rescued-\w+\.png$"):
+        save(painted(frame), frame, None, tmp_path / "gone" / f"{'long' * 60}.webp")
+    [rescued] = tmp_path.iterdir()
+    with Image.open(rescued) as image:
+        assert image.tobytes() == painted(frame).convert("RGBA").tobytes()
+
+
+def test_a_link_stays_a_link_and_its_file_is_written(tmp_path: Path) -> None:
+    frame, folder = frame_of(make_picture(50, 37)), tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "real.png").write_bytes(b"old")
+    for name, there in (("x.png", "real.png"), ("y.png", "not yet.png")):
+        (tmp_path / name).symlink_to(folder / there)
+        save(painted(frame), frame, None, tmp_path / name)
+        assert (tmp_path / name).is_symlink()
+        with Image.open(folder / there) as image:
+            assert image.size == (50, 37)
+    assert {path.name for path in folder.iterdir()} == {"real.png", "not yet.png"}
+
+
+def test_a_file_that_came_meanwhile_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
+    frame = frame_of(make_picture(50, 37))
+    (tmp_path / "x.png").write_bytes(b"precious")
+    with pytest.raises(MinpaintError, match=r"x\.png: the file exists by now.*--overwrite.*the painting is in"):
+        save(painted(frame), frame, None, tmp_path / "x.png", overwrite=False)
+    assert (tmp_path / "x.png").read_bytes() == b"precious"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path: Path) -> None:
+    dead, live, others = tmp_path / f".a-0{UNFINISHED}", tmp_path / f".b-1{UNFINISHED}", tmp_path / ".x-12345678.png"
+    for path in (dead, live, others):
+        path.write_bytes(b"half")
+    code = f"import fcntl, time; file = open({str(live)!r}); fcntl.flock(file, 2); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        frame = frame_of(make_picture(50, 37))
+        save(painted(frame), frame, None, tmp_path / "x.png")
+        assert {path.name for path in tmp_path.iterdir()} == {live.name, others.name, "x.png"}
+        process.kill()
+    save(painted(frame), frame, None, tmp_path / "x.png")
+    assert {path.name for path in tmp_path.iterdir()} == {others.name, "x.png"}

@@ -25,8 +25,13 @@ def test_a_step_at_the_hole_is_measured_in_levels(step: int) -> None:
 
 def test_an_edge_that_is_everywhere_is_no_seam() -> None:
     picture = make_picture()
-    noisy = Image.effect_noise((64, 64), 80).convert("RGB")
-    assert seam_error(noisy, make_mask()) < 0.2 * 80
+    errors = []
+    for seed in range(50):  # of grain of 80 levels it sees 2.7 on average, and 12.1 at most
+        grain = 128 + 80 * torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))
+        noisy = Image.frombytes("L", (64, 64), bytes(grain.clamp(0, 255).byte().flatten().tolist()))
+        errors.append(seam_error(noisy.convert("RGB"), make_mask()))
+    assert sum(errors) / len(errors) < 0.05 * 80
+    assert max(errors) < 0.2 * 80
     stepped = Image.composite(picture.point(lambda v: min(v + 40, 255)), picture, make_mask())
     assert seam_error(stepped, make_mask()) > seam_error(picture, make_mask()) + 10
 

@@ -1,61 +1,93 @@
 """The command line: `python -m minpaint VERB`, where each verb is a function in a module beside this one.
 
-Exit codes: 0 done; 2 bad usage or bad input; 3 the budget cannot hold; 1 anything else.
+Exit codes: 0 done; 2 bad usage or bad input; 3 the budget cannot hold; 130 stopped by Ctrl-C, 143 by SIGTERM;
+1 anything else.
 Messages go to stderr; stdout is for what plan, info and --json print, and nothing else.
 """
 
 from __future__ import annotations
 
-import gc
+import logging
 import os
 import signal
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pkgutil import resolve_name
 
 from minpaint.cli.options import STREAM, Note, parse
-from minpaint.errors import BudgetError, CheckpointError, InputError, MinpaintWarning, one_line
+from minpaint.errors import BudgetError, CheckpointError, InputError, MinpaintError, MinpaintWarning, one_line
 
+STOPPED = "stopped; nothing half-written is left"
 VERBS = {None: "demo:demo", "paint": "paint:paint", "plan": "plan:plan", "info": "paint:info"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line with these arguments, or the process's own; returns the exit code."""
+    before, code, message = {}, 0, ""
     try:
-        _run(arguments, time.perf_counter())
-        code, message = 0, ""
-    except BrokenPipeError:
-        code, message = 1, ""  # whoever read stdout has seen enough
-    except KeyboardInterrupt as stop:  # 128 and the signal's number is what shells say of a process that it ended
-        code, message = 128 + (stop.args or (signal.SIGINT,))[0], "stopped; nothing half-written is left"
+        with suppress(ValueError):  # only the main thread may
+            before = {number: signal.signal(number, _leave) for number in (signal.SIGINT, signal.SIGTERM)}
+        _run(arguments, stoppable=bool(before))
+    except BrokenPipeError:  # whoever read stdout has seen enough
+        code = 1
+    except KeyboardInterrupt as stop:
+        code, message = 128 + (stop.args or (signal.SIGINT,))[0], STOPPED
     except Exception as error:
-        message = one_line(str(error)) or type(error).__name__
+        message = str(error) if isinstance(error, MinpaintError) else one_line(str(error)) or type(error).__name__
         code = 3 if isinstance(error, BudgetError) else 2 if isinstance(error, (InputError, CheckpointError)) else 1
-    if message:
-        _say(f"error: {message}")
+    finally:
+        for number, handler in before.items():  # the process's own run has ended, and what it says now holds
+            signal.signal(number, signal.SIG_IGN if arguments is None else handler)
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except OSError:  # what it could not take must not be tried again when the process ends
+    except OSError as error:  # and so that the interpreter does not try again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code, message = code or 1, message or ("" if isinstance(error, BrokenPipeError) else f"stdout: {error}")
+    if message:
+        _say(f"error: {message}")
     return code
 
 
-def _run(arguments: list[str] | None, started: float) -> None:
-    """Run a verb; `started` is the time its duration is counted from."""
+class _Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM.
+
+    A plain KeyboardInterrupt that passes through code made from text lets `python -m` end by SIGINT, even if caught.
+    """
+
+
+def _leave(number: int, frame: object) -> None:
+    """End at Ctrl-C or SIGTERM while libraries are imported: nothing needs tidying, and torch aborts if that fails."""
+    _say(f"error: {STOPPED}")
+    os._exit(128 + number)
+
+
+def _stop(number: int, frame: object) -> None:
+    """Stop a verb at Ctrl-C or SIGTERM, and let it tidy up; another signal ends the process at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise _Stopped(number)
+
+
+def _run(arguments: list[str] | None, stoppable: bool) -> None:
+    started = time.perf_counter()
+    if None in (sys.stdin, sys.stdout, sys.stderr):  # a file opened now would get the number of a closed stream
+        while os.open(os.devnull, os.O_RDWR) <= 2:
+            pass
+        sys.stderr = sys.stderr or os.fdopen(2, "w")
     options = parse(arguments)
-    options.started, quiet = started, options.verb == "paint" and options.quiet
+    options.started, quiet = started, getattr(options, "quiet", False)
+    printed = options.verb in ("plan", "info") or getattr(options, "json", False)
+    if sys.stdout is None and (printed or getattr(options, "output", None) == STREAM):
+        raise InputError("stdout is closed, where the result is to be written; leave it open")
     note: Note = (lambda line: None) if quiet else _say
     if options.verb == "paint" and options.model is None:
         note("no --model given: using tiny, the bundled toy model")
-    given = vars(options)
-    answers = options.verb in ("plan", "info") or given.get("json") or given.get("output") == STREAM
-    if sys.stdout is None and answers:
-        raise InputError("stdout is closed, and what should be printed has no place to go; open it, or name a file")
     # the libraries read these variables when they are imported, and then keep their own messages to themselves
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with warnings.catch_warnings():  # our own warnings become one line each, and no others are shown
@@ -63,31 +95,10 @@ def _run(arguments: list[str] | None, started: float) -> None:
         warnings.simplefilter("always", MinpaintWarning)
         warnings.showwarning = lambda message, *_: note(f"note: {message}")
         # imported only now: the libraries take seconds, which --help and bad usage need not wait for
-        resolve_name(f"minpaint.cli.{VERBS[options.verb]}")(options, note)
-
-
-def run_process() -> int:
-    """What `python -m minpaint` does: `main` with the signals, the streams and the garbage of a process of its own."""
-
-    def stop(number: int, _: object) -> None:
-        raise KeyboardInterrupt(number)  # so that all that cleans up after itself does
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as for a job in the background
-            signal.signal(number, stop)
-    for stream in range(3):  # a file that is opened later must not get the place of a stream that is closed
-        try:
-            os.fstat(stream)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    # Nearly all objects that importing and loading make are there to stay, so looking for garbage among
-    # them is a tenth of the start's time for nothing; `cli.paint` turns it on at the first step.
-    gc.disable()
-    code = main()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # all is done but the interpreter's own end
-    return code
+        verb = resolve_name(f"minpaint.cli.{VERBS[options.verb]}")
+        for number in (signal.SIGINT, signal.SIGTERM) if stoppable else ():
+            signal.signal(number, _stop)
+        verb(options, note)
 
 
 def _say(line: str) -> None:

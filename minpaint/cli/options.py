@@ -6,11 +6,13 @@ Nothing heavy is imported here, so that `--help` and bad usage are answered at o
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, fields
 from io import BytesIO
 from pathlib import Path
@@ -21,8 +23,8 @@ from minpaint.errors import InputError
 from minpaint.settings import HOLE, MACHINE, MODEL, WHAT, Settings
 
 Note = Callable[[str], None]  # says one line on stderr; with --quiet it says nothing
-LARGEST = 2**30  # bytes of an input file
 STREAM = "-"  # stdin as an input, stdout as the output
+LARGEST_FILE = 1 << 30  # bytes of an input that are read; the pixels that Pillow accepts take less, uncompressed
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of the files that can be written
 WRITTEN = f"{', '.join(SUFFIXES)}; {{seed}} stands for the seed; - is stdout"
 MODELS = "tiny, sd15, sd2, owner/name[@revision] of the hub, a folder or a .safetensors file (default: tiny)"
@@ -60,16 +62,17 @@ OPTIONS: list[Option] = [
     (MODEL, "--best", "of --count pictures, write the one whose seam shows least", SWITCH),
     *_settings(HOLE),
     (HOLE, "--explain-mask", "draw every stage of the mask side by side", FILE),
-    (MACHINE, "--device", "auto, cpu, cuda or cuda:N (default: auto)", AUTO),
+    (MACHINE, "--device", "auto, cpu, cuda[:N], xpu[:N] or mps (default: auto)", AUTO),
+    (MACHINE, "--fast", "on a GPU, also use recorded graphs and fused layers, which no GPU has tested yet", SWITCH),
     (MACHINE, "--dtype", "of the networks (default: auto)", {**AUTO, "choices": ("auto", "fp32", "bf16", "fp16")}),
     (MACHINE, "--budget", "memory the run may take, or is refused at once (default: 15GiB)", {"metavar": "SIZE"}),
     *_settings(MACHINE),
     (MACHINE, "--json", "print one JSON object on stdout", SWITCH),
     (MACHINE, "--quiet", "no progress and no messages but errors", SWITCH),
-    (MACHINE, "--overwrite", "replace outputs that exist", SWITCH),
+    (MACHINE, "--overwrite", "replace outputs that exist, --image itself if named", SWITCH),
     (MACHINE, "--record", "keep what repeats the run in the file (default: on)", {**ON_OFF, "default": True}),
 ]
-PLANNED = ("--model", "--config", "--guidance", "--count", "--device", "--dtype", "--budget", "--json")
+PLANNED = ("--model", "--config", "--guidance", "--count", "--device", "--fast", "--dtype", "--budget", "--json")
 REPEATED = {"model", "config", "image", "mask", "dtype", *(field.name for field in fields(Settings))}  # by --like
 
 
@@ -122,7 +125,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.like is not None:
         from minpaint.picture.saving import read_record
 
-        options = make_parser(read_record(read(options.like, "like"))).parse_args(arguments)
+        with without_chatter():
+            record = read_record(source(options.like, "file"))
+        options = make_parser(record).parse_args(arguments)
     for name in ("image", "prompt"):
         if getattr(options, name) is None:
             raise InputError(f"--{name} is missing; see python -m minpaint paint --help")
@@ -133,32 +138,33 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def read(file: str, what: str) -> BytesIO:
-    """The content of a file or of stdin, read once, so that what is decoded is what is hashed; `name` is the file's.
-
-    InputError if it cannot be read, or is larger than LARGEST.
-    """
+def source(file: str, what: str) -> BytesIO:
+    """The content of a file or of stdin, read once, so that the record tells the SHA-256 of what was painted in."""
     if file == STREAM and sys.stdin is None:
-        raise InputError(f"{what} {file}: stdin is closed; name a file")
+        raise InputError(f"{what} -: stdin is closed; name a file")
     try:
-        with sys.stdin.buffer if file == STREAM else Path(file).open("rb") as stream:
-            content = BytesIO(stream.read(LARGEST + 1))
-    except FileNotFoundError:
-        raise InputError(f"{what} {file}: no such file") from None
+        with open(file, "rb") if file != STREAM else nullcontext(sys.stdin.buffer) as opened:
+            content = BytesIO(opened.read(LARGEST_FILE))
     except (OSError, ValueError) as error:
-        raise InputError(f"{what} {file}: cannot be read ({error})") from None
-    if content.getbuffer().nbytes > LARGEST:
-        raise InputError(f"{what} {file}: has more than {LARGEST >> 20} MiB; is it a picture?")
-    content.name = "stdin" if file == STREAM else file
+        told = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise InputError(f"{what} {file}: {told}") from None
+    content.name = file
     return content
 
 
-def answer(text: str) -> None:
-    """Print what was asked for on stdout; an OSError that names stdout if it cannot take that."""
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        raise type(error)(f"stdout: {error}") from None
+@contextmanager
+def without_chatter() -> Iterator[None]:
+    """Keep off stderr what C libraries print there themselves, as libtiff does for a damaged file; warnings follow."""
+    stderr = os.dup(2)
+    with open(os.devnull) as nothing, warnings.catch_warnings(record=True) as held:
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+    for warning in held:
+        warnings.warn(warning.message, stacklevel=3)
 
 
 def _targets(options: argparse.Namespace, seeds: range) -> list[Path]:
@@ -172,39 +178,40 @@ def _targets(options: argparse.Namespace, seeds: range) -> list[Path]:
     if several and "{seed}" not in pattern:
         pattern = str(plain.with_name(f"{plain.stem}-{{seed}}{plain.suffix}"))
     targets = [Path(pattern.replace("{seed}", str(seed))) for seed in seeds]
-    inputs = {"image": options.image, "mask": options.mask, "like": options.like}
-    files = {"output": targets if pattern != STREAM else []}
-    files["explain-mask"] = [] if options.explain_mask is None else [Path(options.explain_mask)]
-    for what, file in [(what, file) for what, named in files.items() for file in named]:
+    explained = [] if options.explain_mask is None else [Path(options.explain_mask)]
+    # a painting may take the place of its own image, or of the painting that it repeats
+    given = {_identity(file) for file in (options.image, options.mask, options.like) if file is not None}
+    taken = set() if options.mask is None else {_identity(options.mask)}
+    for file in [*explained, *(dict.fromkeys(targets) if pattern != STREAM else ())]:  # of --best, all are the same
         _check_writable(file, options.overwrite)
-        # a painting may take the place of the picture it was made from, and of the one it repeats
-        for name in ("mask",) if what == "output" else inputs:
-            if inputs[name] is not None and _is_same(file, Path(inputs[name])):
-                raise InputError(f"{what} {file} is the file of --{name}; name another")
-        if what == "explain-mask" and any(_is_same(file, target) for target in files["output"]):
-            raise InputError(f"output {file} is also the file of --explain-mask; name another")
+        if (identity := _identity(file)) in (taken | given if file in explained else taken):
+            raise InputError(f"output {file} is also another output, or an input; name another file")
+        taken.add(identity)
     return targets
 
 
-def _is_same(a: Path, b: Path) -> bool:
-    """Whether two paths are one file, which need not exist yet."""
-    with suppress(OSError, ValueError):  # of a name that the system cannot take
-        return a.resolve() == b.resolve() or a.samefile(b)
-    return False
+def _identity(file: str | Path) -> object:
+    """The same for all names of one file, by links or, where a folder may not tell them apart, by case."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return os.path.realpath(file).casefold()
+    except ValueError:  # no file can have this name
+        return file
+    return found.st_dev, found.st_ino
 
 
 def _check_writable(target: Path, overwrite: bool) -> None:
-    """InputError if a file cannot be written; of a link it is the file that it points to."""
     if target.suffix.lower() not in SUFFIXES:
         raise InputError(f"output {target}: unknown kind of file; use {', '.join(SUFFIXES)}")
-    folder = target.resolve().parent
     try:
         if target.is_dir():
             raise InputError(f"output {target} is a folder; name a file in it")
         if target.exists() and not overwrite:
             raise InputError(f"output {target} exists; add --overwrite to replace it")
+        folder = target.resolve().parent  # of a symbolic link, the one of the file that will be written
         if not folder.is_dir():
             raise InputError(f"output {target}: the folder {folder} does not exist; create it first")
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"output {target} cannot be written ({error})") from None
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"output {target} cannot be written ({error}); name a file in another folder") from None

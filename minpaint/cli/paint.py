@@ -9,6 +9,7 @@ import sys
 import time
 from argparse import Namespace
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +18,30 @@ from tqdm import tqdm
 
 from minpaint import __version__
 from minpaint.checkpoint.hub import fingerprint
-from minpaint.cli.options import STREAM, Note, answer, read
+from minpaint.cli.options import STREAM, Note, source, without_chatter
 from minpaint.engine.budget import format_size
 from minpaint.engine.device import dtype_name
 from minpaint.errors import MinpaintError
 from minpaint.painter import Painter, Painting, open_painter
 from minpaint.picture.explain import explain
 from minpaint.picture.frame import Frame, open_frame
-from minpaint.picture.saving import Record, read_record, rehearse, rescue, save
+from minpaint.picture.saving import FORMATS, SAVING, Record, check_target, read_record, save
 from minpaint.samplers import Step
 
 
 def paint(options: Namespace, note: Note) -> None:
     """Paint, write the files, and say what was done."""
     settings = options.settings
-    files = {name: read(file, name) for name in ("image", "mask") if (file := getattr(options, name)) is not None}
-    digests = {f"{name}_sha256": hashlib.sha256(content.getbuffer()).hexdigest() for name, content in files.items()}
-    frame = open_frame(files["image"], files.get("mask"), settings)
-    files.clear()
-    told = {"minpaint": " " * 500, "image": options.image, "mask": options.mask, **digests, **asdict(settings)}
-    for target in options.targets if options.output != STREAM else []:
-        rehearse(target, frame, told if options.record else None)
+    image, mask = source(options.image, "image"), None if options.mask is None else source(options.mask, "mask")
+    with without_chatter():
+        frame, record = open_frame(image, mask, settings), _record(options, image, mask)
+    del image, mask  # their files may be large
+    told = record | {"seed": settings.seeds[-1]} if options.record else None
+    check_target(options.targets[-1], frame, told, options.profile == "minpaint")
     # up to here everything was cheap to check; now come the weights
-    painter = open_painter(options.model or "tiny", options.device, options.dtype, options.budget, options.config)
+    painter = open_painter(
+        options.model or "tiny", options.device, options.dtype, options.budget, options.config, options.fast
+    )
     note(f"{painter.name} on {painter.device}, {dtype_name(painter.dtype)}")
     if options.explain_mask is not None:
         views = painter.views(frame, settings)
@@ -48,7 +50,8 @@ def paint(options: Namespace, note: Note) -> None:
         save(explain(frame, views[0]), None, None, Path(options.explain_mask))
         note(f"wrote {options.explain_mask}")
     paintings = _paint(painter, frame, options)
-    record = _record(options, painter, digests, note) if options.record or options.repeats else {}
+    if options.record or options.repeats:
+        _complete(record, options, painter, note)
     outputs = _write(options, frame, paintings, record, note)
     last = painter.last_run
     assert last is not None
@@ -60,14 +63,16 @@ def paint(options: Namespace, note: Note) -> None:
         report: dict[str, Any] = {"version": __version__, "model": painter.name, "device": str(painter.device)}
         report |= {"dtype": dtype_name(painter.dtype), "memory": memory, **asdict(settings)}
         report |= {"sampler": settings.sampler or painter.scheduler_config.sampler, "steps_run": paintings[0].steps}
-        answer(json.dumps(report | {"seconds": round(seconds, 3), "outputs": outputs}))
+        print(json.dumps(report | {"seconds": round(seconds, 3), "outputs": outputs}))
 
 
 def info(options: Namespace, note: Note) -> None:
     """Print the record of a painting."""
-    record = read_record(read(options.file, "file"))
+    with without_chatter():
+        record = read_record(source(options.file, "file"))
     lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in record.items()]
-    answer(json.dumps(record) if options.json else "\n".join(lines))
+    text = "\n".join(lines).encode(errors="backslashreplace").decode()  # names of files can be no text
+    print(json.dumps(record) if options.json else text)
 
 
 def _paint(painter: Painter, frame: Frame, options: Namespace) -> list[Painting]:
@@ -80,12 +85,13 @@ def _paint(painter: Painter, frame: Frame, options: Namespace) -> list[Painting]
             bar.close()
             bar = tqdm(total=step.total, unit="step", disable=options.quiet or None, leave=False)
         bar.update()
-        if not gc.isenabled():  # see main.run_process
+        if not gc.isenabled():  # see __main__
             gc.freeze()
             gc.enable()
 
     try:
-        return painter.paint(frame, options.settings, on_step)
+        saving = max(SAVING[FORMATS.get(target.suffix.lower(), "PNG")] for target in options.targets)  # "-" is PNG
+        return painter.paint(frame, options.settings, on_step, saving)
     finally:
         bar.close()
 
@@ -96,44 +102,54 @@ def _write(options: Namespace, frame: Frame, paintings: list[Painting], record: 
     if options.best:
         note("seam errors: " + ", ".join(f"{painting.seam:.2f} (seed {painting.seed})" for painting in paintings))
         chosen = [min(chosen, key=lambda pair: pair[0].seam)]
-    outputs, faults = [], []
+    outputs: list[Record] = []
+    failures: list[str] = []
     for painting, target in chosen:
         kept = frame if options.profile == "minpaint" else None
         told = record | {"seed": painting.seed} if options.record else None
         try:
-            receipt = save(painting.image, kept, told, sys.stdout.buffer if options.output == STREAM else target)
-        except Exception as error:  # the painting is made, and took long
-            place = rescue(painting.image, target)
-            kept_in = f"the painting is in {place}" if place else "and the painting could not be put elsewhere"
-            faults.append(f"output {target}: {error}; {kept_in}")
+            place = sys.stdout.buffer if options.output == STREAM else target
+            receipt = save(painting.image, kept, told, place, options.overwrite)
+        except MinpaintError as error:  # the other paintings are still to be saved
+            failures.append(str(error))
             continue
         note(f"wrote {target} (seed {painting.seed}, {painting.steps} network calls)")
         note(f"seam error: {painting.seam:.2f} levels" + (f"; receipt: {receipt}" if receipt else ""))
         width, height = painting.image.size
         output = {"path": str(target), "seed": painting.seed, "width": width, "height": height}
         outputs.append(output | {"seam": round(painting.seam, 3), "receipt": asdict(receipt) if receipt else None})
-    if faults:
-        raise MinpaintError("; ".join(faults))
+    if failures:
+        message = "; ".join(failures)
+        raise MinpaintError(message, longest=len(message))  # it names the place of each painting
     return outputs
 
 
-def _record(options: Namespace, painter: Painter, digests: dict[str, str], note: Note) -> Record:
-    """All that is needed to paint the pictures again, but for their seeds; says what differs from the run repeated."""
-    record = {
+def _record(options: Namespace, image: BytesIO, mask: BytesIO | None) -> Record:
+    """All that is needed to paint the pictures again, but for their seeds, as far as it is known before they are."""
+    return {
         "minpaint": __version__,
         "model": options.model or "tiny",
-        "model_sha256": fingerprint(painter.files),
+        "model_sha256": "0" * 64,
         "config": options.config,
         "image": options.image,
+        "image_sha256": hashlib.sha256(image.getbuffer()).hexdigest(),
         "mask": options.mask,
-        "mask_sha256": None,
-        **digests,
-        "dtype": dtype_name(painter.dtype),
-        "device": painter.device.type,
+        "mask_sha256": None if mask is None else hashlib.sha256(mask.getbuffer()).hexdigest(),
+        "dtype": "fp32",
+        "device": "cuda",
         "torch": torch.__version__,
         **asdict(options.settings),
         "count": 1,
     }
+
+
+def _complete(record: Record, options: Namespace, painter: Painter, note: Note) -> None:
+    """Add to a record what the run has shown, and say what differs from the run repeated."""
+    record |= {"dtype": dtype_name(painter.dtype), "device": painter.device.type, "model_sha256": None}
+    try:
+        record["model_sha256"] = fingerprint(painter.files)
+    except OSError as error:
+        note(f"note: the record lacks the weights' SHA-256 ({error})")
     before = options.repeats or record
     for name in ("model", "image", "mask"):
         key = f"{name}_sha256"
@@ -141,4 +157,3 @@ def _record(options: Namespace, painter: Painter, digests: dict[str, str], note:
             note(f"note: {name} {record[name]} is not what it was when the picture was painted first")
     if before.get("minpaint") != __version__:
         note(f"note: painted first by version {before.get('minpaint')}, now by {__version__}")
-    return record

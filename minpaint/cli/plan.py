@@ -7,12 +7,14 @@ import re
 from argparse import Namespace
 
 from minpaint.checkpoint.load import outline
-from minpaint.cli.options import Note, answer
-from minpaint.engine.budget import choose_budget, format_size, used_memory
+from minpaint.cli.options import Note
+from minpaint.engine.additions import loaded
+from minpaint.engine.budget import choose_budget, format_size, release_cached, used_memory
 from minpaint.engine.calls import Request
-from minpaint.engine.device import choose_device, choose_dtype, dtype_name
+from minpaint.engine.device import choose_device, choose_dtype, dtype_name, remarks
 from minpaint.engine.plan import Planner, round_up
 from minpaint.errors import InputError
+from minpaint.picture.saving import SAVING
 from minpaint.picture.view import WHOLE
 from minpaint.settings import Settings
 
@@ -26,27 +28,29 @@ def plan(options: Namespace, note: Note) -> None:
     device = choose_device(options.device, absent=True)
     dtype = choose_dtype(options.dtype, device)
     budget = choose_budget(options.budget, device)
-    planner = Planner(outline(options.model, dtype_name(dtype) == "fp16", options.config), device, dtype)
+    architecture = outline(options.model, dtype_name(dtype) == "fp16", options.config)
+    planner = Planner(architecture, device, dtype, fast=options.fast)
     factor, native = planner.architecture.vae.factor, planner.architecture.unet.sample_size
     width, height = (-(-int(side) // factor) * factor for side in size.groups())
-    request = Request(width, height, settings.count, settings.guidance > 1, again=False)
-    base = used_memory(device)
+    guided, saving = settings.guidance > 1, max(SAVING.values())
+    request = Request(width, height, settings.count, guided, again=False, saving=saving, opened=False)
+    release_cached(device)
+    base = used_memory(device) + (0 if planner.on_gpu else loaded(planner.architecture.text.vocab_size))
     plan = planner.choose(request, budget, base)
     smallest, largest = planner.least(request, base), planner.largest(request, budget, base)
     if options.json:
         report = {"model": options.model, "width": width, "height": height, "count": settings.count}
         report |= {"device": str(device), "dtype": dtype_name(dtype), **plan.report()}
-        answer(json.dumps(report | {"smallest_budget": smallest, "largest_picture": largest}))
+        print(json.dumps(report | {"smallest_budget": smallest, "largest_picture": largest}))
         return
-    lines = [f"{options.model} at {width}x{height}, count {settings.count}, {dtype_name(dtype)} on {device}", ""]
-    lines += [plan.table(), "", f"predicted peak: {format_size(plan.peak)} of {format_size(budget)}"]
-    lines.append(f"smallest budget for this: {round_up(smallest)}")
+    print(f"{options.model} at {width}x{height}, count {settings.count}, {dtype_name(dtype)} on {device}\n")
+    print(f"{plan.table()}\n\npredicted peak: {format_size(plan.peak)} of {format_size(budget)}")
+    print(f"smallest budget for this: {round_up(smallest)}")
     if largest is not None:
-        lines.append(f"largest picture of this shape in {format_size(budget)}: {largest[0]}x{largest[1]}")
-    if planner.on_cuda:
-        lines.append("the driver's CUDA context, 0.3 to 0.6 GiB, comes on top and is not in the budget")
-    else:
-        lines.append(f"{format_size(base)} of it are the interpreter and the libraries")
+        print(f"largest picture of this shape in {format_size(budget)}: {largest[0]}x{largest[1]}")
+    for line in remarks(device):
+        print(line)
+    if not planner.on_gpu:
+        print(f"{format_size(base)} of it are the interpreter, the libraries")
     if width * height > WHOLE * (native * factor) ** 2:
-        lines.append("paint shows the network a crop of a picture of this size, unless told --context whole")
-    answer("\n".join(lines))
+        print("paint shows the network a crop of a picture of this size, unless told --context whole")

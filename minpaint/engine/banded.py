@@ -126,16 +126,17 @@ def _doubled(x: Map) -> Map:
 
 def _normed(norm: nn.GroupNorm, x: Map, bands: Bands) -> Map:
     """silu(norm(x)), the mean and the variance merged from those of all bands (Chan et al. 1983)."""
-    count, mean = 0, torch.zeros((), device=norm.weight.device)
+    exact = torch.float32 if norm.weight.device.type == "mps" else torch.float64  # mps has no float64
+    count, mean = 0, torch.zeros((), dtype=exact, device=norm.weight.device)
     square = mean  # the sum of squared differences from the mean
     for top, bottom in bands(x.height):
         grouped = torch.unflatten(x.rows(top, bottom), 1, (norm.num_groups, -1)).flatten(2)  # [b, g, numbers]
         variance, band_mean = torch.var_mean(grouped.float(), dim=2, correction=0)
-        new, shift = grouped.shape[2], band_mean.double() - mean
+        new, shift = grouped.shape[2], band_mean.to(exact) - mean
         del grouped
-        square = square + variance.double() * new + shift**2 * (count * new / (count + new))
+        square = square + variance.to(exact) * new + shift**2 * (count * new / (count + new))
         count += new
-        mean = band_mean.double() - shift * ((count - new) / count)
+        mean = band_mean.to(exact) - shift * ((count - new) / count)
     width = norm.num_channels // norm.num_groups
     scale = norm.weight * (square / count + norm.eps).rsqrt().float().repeat_interleave(width, 1)  # [b, c]
     shift = norm.bias - mean.float().repeat_interleave(width, 1) * scale

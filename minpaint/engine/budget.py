@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from minpaint.engine.device import is_present
+from minpaint.engine.device import gpu_module, is_present
 from minpaint.errors import InputError, MinpaintWarning
 
 DEFAULT_BUDGET = "15GiB"  # a free Colab T4
@@ -42,9 +42,11 @@ def parse_budget(budget: str | int | float | None) -> int:
 
 
 def format_size(size: float) -> str:
-    """A number of bytes for people: 1536 is "1.5 KiB"."""
-    power = min(int(size).bit_length() // 10, 4)
-    return f"{size / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+    """A number of bytes for people, in the largest unit of which it has one: 1536 is "1.5 KiB"."""
+    power = 0
+    while power < 4 and float(f"{size / 1024**power:.4g}") >= 1024:
+        power += 1
+    return f"{max(size / 1024**power, min(power, 1)):.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def choose_budget(budget: str | int | float | None, device: torch.device) -> int:
@@ -69,19 +71,27 @@ def choose_budget(budget: str | int | float | None, device: torch.device) -> int
 def used_memory(device: torch.device) -> int:
     """Bytes that count against a budget now.
 
-    On the CPU the resident set of the process; on CUDA all its tensors. The CUDA context, some 0.3 to
-    0.6 GiB that the driver takes for itself, cannot be counted and comes on top.
+    On the CPU the resident set of the process; on a GPU all its tensors. What the driver takes for
+    itself, on CUDA some 0.3 to 0.6 GiB, cannot be counted and comes on top.
     """
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) if is_present(device) else 0
-    return _process_memory("VmRSS")
+    if device.type == "cpu":
+        return _process_memory("VmRSS")
+    gpu = gpu_module(device)
+    if gpu is None:
+        return 0
+    return int(gpu.current_allocated_memory() if device.type == "mps" else gpu.memory_allocated(device))
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that could be taken on top of those."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+    gpu = gpu_module(device)
+    if device.type == "mps":
+        return max(int(gpu.recommended_max_memory() - gpu.driver_allocated_memory()), 0)
+    if gpu is not None:
+        cached = int(gpu.memory_reserved(device) - gpu.memory_allocated(device))
+        if hasattr(gpu, "mem_get_info"):
+            return int(gpu.mem_get_info(device)[0]) + cached
+        return int(gpu.get_device_properties(device).total_memory - gpu.memory_allocated(device))  # an older xpu
     free = _read_number("/proc/meminfo", "MemAvailable:", 1024)
     free = 2**60 if free is None else free  # unknown: believe the user
     limit, used = (_read_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))  # a container's
@@ -93,25 +103,31 @@ def free_memory(device: torch.device) -> int:
 
 def reset_peak(device: torch.device) -> None:
     """Start measuring `peak_memory` anew, where the system allows it."""
-    if device.type == "cuda":
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != "cpu":
+        if hasattr(gpu := gpu_module(device), "reset_peak_memory_stats"):
+            gpu.init()
+            gpu.reset_peak_memory_stats(device)
         return
     with suppress(OSError):  # then the peak is that since the process began
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that counted against a budget since `reset_peak`."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _process_memory("VmHWM")
+    """The most bytes that counted against a budget since `reset_peak`; on mps those that the process holds now."""
+    if device.type == "cpu":
+        return _process_memory("VmHWM")
+    gpu = gpu_module(device)
+    if device.type == "mps" and gpu is not None:
+        return int(gpu.driver_allocated_memory())
+    return 0 if gpu is None else int(gpu.max_memory_allocated(device))
 
 
 def release_cached(device: torch.device) -> None:
     """Return memory to the system that is free but still held in reserve."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    else:
+    if device.type == "cpu":
         _call_glibc("malloc_trim", 0)
+    elif (gpu := gpu_module(device)) is not None:
+        gpu.empty_cache()
 
 
 def tune_heap(device: torch.device, keep: bool | None) -> None:
@@ -119,16 +135,20 @@ def tune_heap(device: torch.device, keep: bool | None) -> None:
 
     glibc maps every large block anew, and the system clears its pages each time: a good part of a VAE
     pass. None is the state that glibc reaches by itself in a process that frees large blocks: it keeps
-    those up to 32 MiB, and how many of them lie around unused differs from run to run.
+    those up to 32 MiB, and how many of them lie around unused differs from run to run. With None all that
+    lies around now is returned, too.
     """
-    for option, value in HEAP[keep] if device.type != "cuda" else ():
-        _call_glibc("mallopt", option, value)
+    if device.type == "cpu":
+        for option, value in HEAP[keep]:
+            _call_glibc("mallopt", option, value)
+        if keep is None:
+            release_cached(device)
 
 
 @contextmanager
 def capped(device: torch.device, budget: int) -> Iterator[None]:
-    """Have the GPU's allocator refuse to go beyond a budget in bytes."""
-    if device.type != "cuda":
+    """Have CUDA's allocator refuse to go beyond a budget in bytes; on other devices nothing does."""
+    if device.type != "cuda" or not is_present(device):
         yield
         return
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -142,7 +162,9 @@ def capped(device: torch.device, budget: int) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that an allocation was refused."""
-    if isinstance(error, RuntimeError) and re.search("DefaultCPUAllocator|CUBLAS_STATUS_ALLOC_FAILED", str(error)):
+    if isinstance(error, RuntimeError) and re.search(
+        "DefaultCPUAllocator|CUBLAS_STATUS_ALLOC_FAILED|(MPS|XPU).*out of memory", str(error)
+    ):
         return True
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
 

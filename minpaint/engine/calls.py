@@ -26,8 +26,12 @@ class Request:
 
     width, height: of what the network sees, in pixels. guided: every latent goes through the UNet
     twice, beside either prompt. starts: how many different pictures the paintings start from.
-    pixels: of the whole picture. again: whether the networks are needed once more after the last
-    phase. steps: calls of the UNet.
+    again: whether the networks are needed once more after the last phase. steps: calls of the UNet.
+    photo: width and height of the whole picture. opened: it is in memory when the run is planned.
+    part: pixels of the part of it that is scaled for the network; seam: pixels of the box in which
+    colours are matched and the seam is measured; where these are 0, all that the network sees.
+    started: copies of the whole picture that views before the last have been painted into.
+    saving: bytes for a pixel of the whole picture that saving will take after the run.
     """
 
     width: int
@@ -35,14 +39,24 @@ class Request:
     count: int = 1
     guided: bool = True
     starts: int = 1
-    pixels: int = 0
     again: bool = True
     steps: int = 50
+    photo: tuple[int, int] = (0, 0)
+    part: int = 0
+    seam: int = 0
+    started: int = 0
+    saving: int = 0
+    opened: bool = True
 
     @property
     def area(self) -> int:
         """Pixels that the network sees."""
         return self.width * self.height
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of the whole picture."""
+        return self.photo[0] * self.photo[1] or self.area
 
     @property
     def rows(self) -> int:
@@ -77,7 +91,7 @@ class Calls:
 
     own: the checkpoint's own modules; somebody may have replaced those of `networks`, and a
     replacement is called as it is. guided: the second half of every batch of the UNet repeats the
-    first beside another prompt. on_cuda: what computes is a GPU, on which layers stay as written.
+    first beside another prompt. on_gpu: what computes is a GPU, on which layers stay as written.
     thresholds: where faster ways to compute begin to pay.
     """
 
@@ -87,11 +101,11 @@ class Calls:
         own: tuple[nn.Module, ...],
         device: torch.device,
         guided: bool,
-        on_cuda: bool,
+        on_gpu: bool,
         thresholds: Thresholds,
     ) -> None:
         self.networks, self.own, self.device = networks, own, device
-        self.guided, self.on_cuda, self.thresholds = guided, on_cuda, thresholds
+        self.guided, self.on_gpu, self.thresholds = guided, on_gpu, thresholds
         self.forget()
 
     def forget(self) -> None:
@@ -148,7 +162,7 @@ class Calls:
         if not self._is_own(network):
             yield strategy.dtype
             return
-        forms = None if self.on_cuda else strategy.arithmetic
+        forms = None if self.on_gpu else strategy.arithmetic
         prompt = self.prompt if strategy.fast else None
         paired = paired and strategy.fast
         with accelerated(network, forms, strategy.fast, prompt, paired, cache, self.thresholds):

@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 
 class Buffer:
-    """Bytes on the device, filled through pinned bytes on the host and a CUDA stream of the buffer's own.
+    """Bytes on the device, filled through bytes on the host.
 
-    So a GPU copies while it computes. On the CPU both are one tensor: there is nothing to copy or to wait for.
+    aside: on CUDA, through pinned bytes and a stream of the buffer's own, so that a GPU copies while it
+    computes. On the CPU both are one tensor: there is nothing to copy or to wait for.
     """
 
     stream: Any = None
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, aside: bool = True) -> None:
+        aside = aside and device.type == "cuda"
         self.on_host = self.on_device = torch.empty(size, dtype=torch.uint8, device=device)
-        if device.type == "cuda":
-            self.on_host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        if device.type != "cpu":
+            self.on_host = torch.empty(size, dtype=torch.uint8, pin_memory=aside)
+        if aside:
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def work_so_far(self) -> Any:
@@ -34,6 +37,8 @@ class Buffer:
             with torch.cuda.stream(self.stream):
                 self.stream.wait_event(after)
                 self.on_device.copy_(self.on_host, non_blocking=True)
+        elif self.on_host is not self.on_device:
+            self.on_device.copy_(self.on_host)
 
     def wait(self) -> None:
         """Let the device's further work wait for the copy."""
@@ -98,4 +103,4 @@ def attention_is_fused(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether PyTorch's attention runs without holding all scores; cards before 8.0 have no such bfloat16 kernel."""
     if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.is_available():
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return True
+    return device.type != "mps"

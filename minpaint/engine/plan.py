@@ -1,8 +1,8 @@
 """What a run will take, known before anything is loaded, and the fastest way to do it within a budget.
 
 The networks themselves are called on the meta device, where tensors have shapes and no numbers,
-while a counter follows the bytes that are alive (measure.py). The constants below say what is
-added to that.
+while a counter follows the bytes that are alive (measure.py). On a CPU additions.py says what comes
+on top of that, on CUDA the constants below do.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minpaint.checkpoint.architecture import Architecture, blank_models
+from minpaint.engine.additions import additions
 from minpaint.engine.budget import format_size
 from minpaint.engine.calls import Calls, Request, Strategy
 from minpaint.engine.cuda import attention_is_fused
@@ -35,18 +36,9 @@ BANDS = (None, 16, 64)
 QUERY_ROWS = (None, 1024, 128)  # of attention that keeps its scores; a fused kernel does not
 LATENTS = 24  # float32 tensors of the latents' shape around the UNet: sampler, history, conditioning
 
-# On CUDA: the workspaces of cuBLAS, and the share that the caching allocator cannot use of what it holds.
-CUDA_LIBRARIES = 32 * 2**20
-CUDA_RESERVE = 1 / 16
-# On the CPU: code and stacks of the first calls; and what the heap keeps of freed blocks: at most so many
-# times the activations and so many bytes, or, where it keeps all of them, so many times the activations.
-CPU_LIBRARIES = 48 * 2**20
-CPU_HEAP = (2.0, 224 * 2**20)
-KEPT_HEAP = {"encode": 1.5, "denoise": 2.0, "decode": 1.5}
-# Pictures on the CPU, in bytes for a pixel that the network sees: the picture and where it is blanked; its copy
-# while that is encoded; continuing it into the hole. For a pixel of the whole picture: its copies and each painting's.
-CANVAS, COPY, FILLING = 16, 28, 144
-PICTURE = (24, 8)
+# On a GPU: the workspaces of its library, and the share that the caching allocator cannot use of what it holds.
+GPU_LIBRARIES = 32 * 2**20
+GPU_RESERVE = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ class Phase:
         """The strategy in words."""
         strategy, said = self.strategy, ["with the others" if self.others else "alone"]
         if self.split is not None:
-            said = [f"streamed, {format_size(self.weights - 2 * self.split.buffer_size)} resident"]
+            said = [f"streamed, {mib(self.weights - 2 * self.split.buffer_size)} resident"]
         if self.name == "denoise":
             said.append("1 row at a time" if strategy.batch == 1 else f"{strategy.batch} rows at a time")
         elif self.name != "text":
@@ -82,7 +74,7 @@ class Phase:
         if strategy.fast:
             said.append("accelerated")
         if self.cached:
-            said.append(f"{format_size(self.cached)} cached in other forms")
+            said.append(f"{mib(self.cached)} cached in other forms")
         return ", ".join(said)
 
 
@@ -105,11 +97,14 @@ class Plan:
         return all(phase.others for phase in self.phases.values())
 
     def table(self) -> str:
-        """The phases in lines for people."""
-        lines = [f"{'phase':8} {'weights':>11} {'others':>11} {'activations':>11} {'peak':>11}  how"]
+        """The phases in lines for people, in MiB; each row adds up to its peak."""
+        lines = ["MiB       base weights others activations   rest   peak  how"]
         for phase in self.phases.values():
-            sizes = (phase.weights, phase.others, phase.activations, phase.peak)
-            lines.append(f"{phase.name:8} " + " ".join(f"{format_size(n):>11}" for n in sizes) + f"  {phase.how}")
+            sizes = (self.base, phase.weights, phase.others, phase.activations, phase.peak)
+            base, weights, others, activations, peak = (round(size / 2**20) for size in sizes)
+            rest = peak - base - weights - others - activations  # what libraries, heap and pictures take, and rounding
+            figures = f"{base:6} {weights:7} {others:6} {activations:11} {rest:6} {peak:6}"
+            lines.append(f"{phase.name:7} {figures}  {phase.how}")
         return "\n".join(lines)
 
     def report(self) -> dict[str, Any]:
@@ -128,7 +123,7 @@ class Planner:
 
     arithmetic: the number format computed in; None leaves it to the processor. fused: whether
     attention has a kernel that does not keep all scores; None asks the device. thresholds: where
-    faster ways to compute begin to pay.
+    faster ways to compute begin to pay. fast: use the faster forms of a GPU, too.
     """
 
     def __init__(
@@ -139,12 +134,13 @@ class Planner:
         arithmetic: torch.dtype | None = None,
         fused: bool | None = None,
         thresholds: Thresholds = DEFAULTS,
+        fast: bool = False,
     ) -> None:
         self.architecture, self.device, self.dtype, self.thresholds = architecture, device, dtype, thresholds
-        self.on_cuda = device.type == "cuda"
+        self.on_gpu, self.fast = device.type != "cpu", fast
         self.arithmetic = arithmetic or choose_arithmetic(device, dtype)
         self.fused = attention_is_fused(device, self.arithmetic) if fused is None else fused
-        self.reserve = CUDA_RESERVE if self.on_cuda else 0.0
+        self.reserve = GPU_RESERVE if self.on_gpu else 0.0
         self.measured: dict[Any, tuple[int, int]] = {}
         self.orders: dict[str, list[str]] = {}
 
@@ -178,11 +174,17 @@ class Planner:
                 phase = self._phase(name, request, strategy, 0, base, budget if streamed else None)
                 if phase.peak <= budget:
                     return phase
-        size = f"{request.count} pictures" if request.count > 1 else "a picture"
+        size, way_out = f"{request.count} pictures" if request.count > 1 else "a picture", "paint smaller"
+        size += f" of {request.width}x{request.height}"
+        if request.pixels > request.area:
+            size += f", which the network sees of the {request.photo[0]}x{request.photo[1]} photo,"
+            if self.least(replace(request, photo=(0, 0), part=0, seam=0, started=0), base) <= budget:
+                size = f"the photo of {request.photo[0]}x{request.photo[1]} pixels"
+                way_out = "make the photo smaller"
         raise BudgetError(
-            f"budget {format_size(budget)} cannot hold {size} of {request.width}x{request.height} with "
+            f"budget {format_size(budget)} cannot hold {size} with "
             f"{self.architecture.name} as {dtype_name(self.dtype)}: the smallest budget that can "
-            f"is {round_up(self.least(request, base))}; raise --budget or paint smaller"
+            f"is {round_up(self.least(request, base))}; raise --budget or {way_out}"
         )
 
     def least(self, request: Request, base: int) -> int:
@@ -199,7 +201,7 @@ class Planner:
 
         def scaled(scale: float) -> Request:
             width, height = (max(int(side * scale) // factor, 1) * factor for side in (request.width, request.height))
-            return replace(request, width=width, height=height, pixels=width * height)
+            return replace(request, width=width, height=height, photo=(width, height))
 
         near, far = scaled(1.0), scaled(2.0)
         areas = []
@@ -242,16 +244,17 @@ class Planner:
         plain, limits = Strategy(self.dtype, self.arithmetic), self.thresholds
         slices = [replace(plain, query_rows=rows) for rows in ((None,) if self.fused else QUERY_ROWS)]
         speeds: list[dict[str, Any]] = [{"fast": True}, {}]
-        if not self.on_cuda:
+        if not self.on_gpu:
             speeds.insert(0, {"fast": True, "keeps_heap": True})
+        elif not self.fast:
+            del speeds[0]
         if name == "text":
             yield plain
         elif name == "denoise":
             many, long = request.rows * request.area > limits.cached_pixels, request.steps >= limits.cached_steps
             pays = long and not many
-            if caches and (
-                self.on_cuda or (can_cache(self.dtype, self.arithmetic) and (pays or self.arithmetic != torch.float32))
-            ):
+            on_cpu = can_cache(self.dtype, self.arithmetic) and (pays or self.arithmetic != torch.float32)
+            if caches and (self.fast if self.on_gpu else on_cpu):
                 yield from (replace(each, batch=request.rows, caches=True, **speeds[0]) for each in slices)
             for speed in speeds:
                 batch = request.rows
@@ -259,7 +262,7 @@ class Planner:
                     yield from (replace(each, batch=batch, **speed) for each in slices)
                     batch //= 2
         else:
-            if not self.on_cuda:
+            if not self.on_gpu:
                 yield from (replace(plain, **speed) for speed in speeds[:-1])
             yield from (replace(each, bands=bands) for bands in BANDS for each in slices)
 
@@ -274,7 +277,9 @@ class Planner:
     ) -> Phase:
         """budget: of streamed weights as many stay resident as it has room for; None loads all of them."""
         activations, cached = self._measure(name, request, strategy)
-        extra = self._extra(name, request, activations, strategy)
+        extra = GPU_LIBRARIES
+        if not self.on_gpu:
+            activations, extra = additions(name, request, strategy, activations)
         split, weights = None, self._size(name) + cached
         if budget is not None:
             part, room = PHASES[name], int((budget - base - extra) / (1 + self.reserve)) - activations - others
@@ -284,22 +289,12 @@ class Planner:
         peak = base + extra + counted + math.ceil(counted * self.reserve)
         return Phase(name, strategy, split, weights, cached, others, activations, peak)
 
-    def _extra(self, name: str, request: Request, activations: int, strategy: Strategy) -> int:
-        """Bytes beside weights and tensors."""
-        if self.on_cuda:
-            return CUDA_LIBRARIES
-        pictures = max(request.pixels, request.area) * (PICTURE[0] + PICTURE[1] * request.count)
-        heap = min(int(CPU_HEAP[0] * activations), CPU_HEAP[1])
-        if strategy.keeps_heap:
-            heap = int(KEPT_HEAP[name] * activations)
-        return CPU_LIBRARIES + heap + pictures
-
     def _size(self, name: str) -> int:
         return total_size(self.architecture.directories[PHASES[name]], self.dtype)
 
     def _measure(self, name: str, request: Request, strategy: Strategy) -> tuple[int, int]:
-        """Bytes that a phase takes beside weights, and those of weights that it caches in other forms."""
-        alike = replace(request, steps=0, again=False)  # which makes no difference to one call
+        """Bytes of the tensors of a phase's call, and of weights that it caches in other forms."""
+        alike = Request(request.width, request.height, request.count, request.guided)  # the rest is not the network's
         key = (name, name if name == "text" else alike, replace(strategy, keeps_heap=False))
         if key not in self.measured:
             _ = self.networks  # made before what they take is measured
@@ -310,10 +305,6 @@ class Planner:
             if name == "denoise":
                 cells = request.area // self.architecture.vae.factor**2
                 taken += LATENTS * request.count * LATENT_CHANNELS * 4 * cells
-            if not self.on_cuda and name != "text":  # the pictures are in the same memory
-                filled = {"encode": request.starts * request.area, "decode": max(request.pixels, request.area)}
-                copies = COPY * filled["encode"] if name == "encode" else 0
-                taken = max(taken + copies, FILLING * filled.get(name, 0)) + CANVAS * request.starts * request.area
             self.measured[key] = taken, cached
         return self.measured[key]
 
@@ -322,7 +313,7 @@ class Planner:
         """One call of a phase's network on tensors without numbers."""
         config, factor, networks = self.architecture, self.architecture.vae.factor, self.networks
         own, nowhere = (networks.unet, networks.vae), torch.device("meta")
-        calls = Calls(networks, own, nowhere, request.guided, self.on_cuda, self.thresholds)
+        calls = Calls(networks, own, nowhere, request.guided, self.on_gpu, self.thresholds)
         calls.prepare(networks.unet if name == "denoise" else networks.vae, strategy)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -342,6 +333,11 @@ class Planner:
             for _ in range(2 if strategy.fast else 1):  # the first call makes what is kept for the others
                 calls.unet(strategy, x, empty(request.rows), context)
         return calls
+
+
+def mib(size: int) -> str:
+    """Bytes in the unit of the table."""
+    return f"{round(size / 2**20)} MiB"
 
 
 def round_up(size: int) -> str:

@@ -31,8 +31,9 @@ class NetworkWeights:
 
     model: the module whose parameters `directory` names. dtype: the number format they are loaded in.
     on_call: is called with this object when one of the modules `roots` is called while the weights are
-    offloaded, and has to load them. new_buffer: makes the buffers of streamed weights. resident: the
-    names of the resident weights, with their `_versions`.
+    offloaded, and has to load them. new_buffer: makes the buffers of streamed weights. channels_last:
+    lay convolutions out as a GPU wants them in half precision. resident: the names of the resident
+    weights, with their `_versions`.
     """
 
     name: str
@@ -43,6 +44,7 @@ class NetworkWeights:
     dtype: torch.dtype
     on_call: Callable[[NetworkWeights], None]
     new_buffer: Callable[[int, torch.device], Buffer] = Buffer
+    channels_last: bool = False
     stream: ChunkStream | None = None
     resident: dict[str, tuple[int, int]] = field(default_factory=dict)
     hooks: list[RemovableHandle] = field(default_factory=list)
@@ -79,9 +81,7 @@ class NetworkWeights:
                 for name, tensor in self._read(wanted):
                     tensor = tensor.to(self.device)
                     self.check(name, tensor)
-                    # A GPU's convolutions in half precision want channels together. The VAE's stay as they are:
-                    # its group norms may copy such maps, and no plan counts these copies.
-                    if self.device.type == "cuda" and self.name == "unet" and tensor.dim() == 4:
+                    if self.channels_last and tensor.dim() == 4:
                         tensor = tensor.contiguous(memory_format=torch.channels_last)
                     assign(self.model, name, tensor)
                     self.resident |= self._versions([name])
@@ -144,7 +144,7 @@ class NetworkWeights:
 
     def _read(self, directory: Directory) -> Iterator[tuple[str, Tensor]]:
         """Weights on the CPU: as they lie in the mapped file, or converted into memory of their own."""
-        on_gpu = self.device.type == "cuda"
+        on_gpu = self.device.type != "cpu"
         mapped: dict[str, Stored] = {}
         converted: dict[str, Stored] = {}
         for name, stored in directory.items():

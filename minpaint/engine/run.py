@@ -24,7 +24,8 @@ from minpaint.engine.budget import (
     used_memory,
 )
 from minpaint.engine.calls import Calls, Request
-from minpaint.engine.cuda import exact_float32
+from minpaint.engine.cuda import Buffer, exact_float32
+from minpaint.engine.device import threads_for
 from minpaint.engine.plan import PHASES, Phase, Planner
 from minpaint.engine.residency import NetworkWeights
 from minpaint.engine.winograd import DEFAULTS
@@ -38,14 +39,16 @@ class Engine:
     """A checkpoint's networks on one device, and where their weights are.
 
     keeps: whether all networks stay loaded from painting to painting, if the budget has room.
-    thresholds: where faster ways to compute begin to pay.
+    thresholds: where faster ways to compute begin to pay. fast: use the faster forms of a GPU.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, budget: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, budget: int, fast: bool = False
+    ) -> None:
         self.checkpoint, self.device, self.dtype, self.budget = checkpoint, device, dtype, budget
         self.planners: dict[torch.dtype, Planner] = {}
         self.prepared: Phase | None = None  # the phase that weights and networks are ready for
-        self.keeps, self.thresholds = False, DEFAULTS
+        self.keeps, self.thresholds, self.fast = False, DEFAULTS, fast
         vae, directories = checkpoint.vae, checkpoint.architecture.directories
         modules: dict[str, tuple[str, nn.Module, list[nn.Module]]] = {
             "text_encoder": ("text_encoder", checkpoint.text_encoder, [checkpoint.text_encoder]),
@@ -57,13 +60,15 @@ class Engine:
             key: NetworkWeights(name, model, roots, directories[key], device, dtype, self._load_for_call)
             for key, (name, model, roots) in modules.items()
         }
+        # not the VAE's: its group norms may copy maps of this layout, and no plan counts these copies
+        self.weights["unet"].channels_last = fast and device.type != "cpu"
 
     def planner(self, dtype: torch.dtype | None = None) -> Planner:
         """The planner for a number format of the weights; None is the engine's own."""
         dtype = dtype or self.dtype
         if dtype not in self.planners:
             architecture = self.checkpoint.architecture
-            self.planners[dtype] = Planner(architecture, self.device, dtype, thresholds=self.thresholds)
+            self.planners[dtype] = Planner(architecture, self.device, dtype, None, None, self.thresholds, self.fast)
         return self.planners[dtype]
 
     @property
@@ -118,6 +123,14 @@ class Engine:
         self.weights[PHASES[name]].convert(self.dtype)
         self.prepared = None
 
+    def make_plain(self) -> None:
+        """From now on, use nothing of a GPU but what every program uses: no graphs, no copies beside the computing."""
+        self.fast, self.prepared = False, None
+        self.planners.clear()
+        for weights in self.weights.values():
+            weights.offload()
+            weights.channels_last, weights.new_buffer = False, partial(Buffer, aside=False)
+
     def _load_for_call(self, weights: NetworkWeights) -> None:
         """Load weights for a call from outside a run, and offload the others where there is no room beside them."""
         self.prepared = None
@@ -131,18 +144,21 @@ class Run:
     """One painting's calls of the networks, which inpaint.Networks describes, phase by phase.
 
     plan: how they are done. A call that finds no memory is made again in a smaller plan, once in a
-    run; a pass of the VAE that overflows in half precision is made again in float32. Every output
-    is checked for NaN and infinity.
+    run, and one whose faster form fails on a GPU in the plain form; a pass of the VAE that overflows
+    in half precision is made again in float32. Every output is checked for NaN and infinity.
+    work: the UNet's average layer in multiply-adds.
     """
 
     def __init__(self, engine: Engine, request: Request, networks: PlainNetworks) -> None:
         self.engine, self.request, self.device = engine, request, engine.device
         planner, own = engine.planner(), (engine.checkpoint.unet, engine.checkpoint.vae)
         self.plan = planner.choose(request, engine.budget, engine.base)
-        self.calls = Calls(networks, own, self.device, request.guided, planner.on_cuda, planner.thresholds)
+        self.calls = Calls(networks, own, self.device, request.guided, planner.on_gpu, planner.thresholds)
         self.embeddings: dict[str, Tensor] = {}
         self.unchecked: list[tuple[Tensor, Tensor]] = []  # of outputs of the UNet: whether finite, and their timesteps
-        self.fallen_back = False
+        weights, factor = engine.weights["unet"].directory.values(), engine.checkpoint.architecture.vae.factor
+        self.work = request.rows * request.area // factor**2 * sum(stored.count for stored in weights) // len(weights)
+        self.fallen_back = self.plain = False
         reset_peak(self.device)
 
     def __enter__(self) -> Run:
@@ -189,7 +205,7 @@ class Run:
 
         output = self._do("denoise", self.engine.dtype, call)
         self.unchecked.append((output.isfinite().all(), t))
-        if not self.calls.on_cuda:
+        if not self.calls.on_gpu:
             self._check_steps()
         return output
 
@@ -217,18 +233,22 @@ class Run:
             finally:
                 self.engine.restore(name)
         _check(out.isfinite().all(), part, dtype)
+        tune_heap(self.device, None)  # a large picture that is put together in a heap that is kept would tear it up
         return out
 
     def _do(self, name: str, dtype: torch.dtype, call: Callable[[Phase], Tensor]) -> Tensor:
-        """A call of a phase's network with weights in a number format, made again in less memory if it finds none."""
-        for attempt in range(2):
+        """A call of a phase's network with weights in a number format, made again in another way if it fails."""
+        while True:
             try:
                 return self._attempt(name, dtype, call)
             except Exception as error:
                 if not is_out_of_memory(error):
-                    raise
+                    if isinstance(error, MinpaintError) or not self._is_special(name):
+                        raise
+                    self._make_plain(f"{type(error).__name__}: {error}")
+                    continue
             # out of the handler, where nothing of the failed call is alive any more
-            if attempt or self.fallen_back:
+            if self.fallen_back:
                 break
             self._fall_back(name)
         raise BudgetError(
@@ -240,9 +260,25 @@ class Run:
         phase = self.plan.phases[name]
         if dtype != phase.strategy.dtype:
             phase = self.engine.planner(dtype).phase(name, self.request, self.plan.budget, self.plan.base)
-        with capped(self.device, self.engine.budget), exact_float32(self.device, dtype):
+        with capped(self.device, self.engine.budget), exact_float32(self.device, dtype), threads_for(self.work):
             self.engine.prepare(phase, not self.plan.resident, self.calls)
             return call(phase)
+
+    def _is_special(self, name: str) -> bool:
+        """Whether a phase runs on a GPU in another than the plain form, which is the place to look for a fault."""
+        phase = self.plan.phases[name]
+        special = phase.strategy.fast or phase.strategy.caches or phase.split is not None
+        return self.calls.on_gpu and special and not self.plain
+
+    def _make_plain(self, fault: str) -> None:
+        self.plain = True
+        self.calls.forget()
+        self.engine.make_plain()
+        self.plan = self.engine.planner().choose(self.request, self.plan.budget, self.plan.base)
+        told = (
+            f"the faster form failed on {self.device} ({fault[:200]}); going on in the plain one, with the same result"
+        )
+        warnings.warn(told, MinpaintWarning, stacklevel=2)
 
     def _fall_back(self, name: str) -> None:
         """Make a plan for less memory than the one that failed; for the least possible, if there is none."""

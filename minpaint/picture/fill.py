@@ -39,25 +39,28 @@ def membrane(x: Tensor, known: Tensor, reach: float = math.inf, sweeps: int = SW
         guess = F.interpolate(guess, size=x.shape[2:], mode="bilinear")
     else:
         guess = (x.sum((2, 3), keepdim=True) / known.sum()).expand_as(x)
-    return _relax(torch.where(known, x, guess), ~known, sweeps, reach**-2)
+    x = torch.where(known, x, guess)
+    del guess, mean, share  # of a large picture they take much memory
+    return _relax(x, ~known, sweeps, reach**-2)
 
 
 def _relax(x: Tensor, unknown: Tensor, sweeps: int, pull: float) -> Tensor:
     """x after conjugate gradient steps towards Laplacian(x) = pull * x on the unknown pixels.
 
-    As many steps as there are unknown pixels solve it exactly. They are changed in place.
+    As many steps as there are unknown pixels solve it exactly. They are changed in place, as is all
+    that is as large as x, because that may be a whole photo.
     """
     rows, columns = _reach(unknown.any(1)), _reach(unknown.any(0))
     around, unknown = x[..., rows, columns], unknown[rows, columns]  # the rest does not change
-    residual = (_laplacian(around) - pull * around) * unknown
-    direction, size = residual, residual.square().sum((2, 3), keepdim=True)
+    residual = _laplacian(around).sub_(pull * around).mul_(unknown)
+    direction, size = residual.clone(), residual.square().sum((2, 3), keepdim=True)
     for _ in range(min(sweeps, int(unknown.sum()))):
-        image = (pull * direction - _laplacian(direction)) * unknown
+        image = (pull * direction).sub_(_laplacian(direction)).mul_(unknown)
         step = size / (direction * image).sum((2, 3), keepdim=True).clamp(min=1e-20)
         around += step * direction
-        residual = residual - step * image
+        residual -= image.mul_(step)
         before, size = size, residual.square().sum((2, 3), keepdim=True)
-        direction = residual + size / before.clamp(min=1e-20) * direction
+        direction.mul_(size / before.clamp(min=1e-20)).add_(residual)
     return x
 
 
@@ -70,11 +73,13 @@ def _reach(marked: Tensor) -> slice:
 def _laplacian(x: Tensor) -> Tensor:
     """Sum of the differences to the four neighbours, [n, c, Y, X]; none across the border."""
     out = torch.zeros_like(x)
-    across, down = x.diff(dim=3), x.diff(dim=2)
-    out[..., :-1] += across
-    out[..., 1:] -= across
-    out[..., :-1, :] += down
-    out[..., 1:, :] -= down
+    step = x.diff(dim=3)
+    out[..., :-1] += step
+    out[..., 1:] -= step
+    del step  # before the next one is made
+    step = x.diff(dim=2)
+    out[..., :-1, :] += step
+    out[..., 1:, :] -= step
     return out
 
 
@@ -85,7 +90,8 @@ def nearest(known: Tensor) -> tuple[Tensor, Tensor]:
     known the index is -1 and the distance infinite.
     """
     height, width = known.shape
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    places = (torch.arange(side, dtype=torch.int32) for side in (height, width))  # half the memory of int64
+    rows, columns = torch.meshgrid(*places, indexing="ij")
     found = torch.where(known.cpu(), rows * width + columns, -1)
     distance = torch.where(known.cpu(), 0.0, torch.inf)
     largest = max((max(height, width) - 1).bit_length() - 1, 0)
@@ -94,8 +100,9 @@ def nearest(known: Tensor) -> tuple[Tensor, Tensor]:
         here = _overlap(height, jump * down), _overlap(width, jump * right)
         there = _overlap(height, -jump * down), _overlap(width, -jump * right)
         candidate = found[there]
-        y, x = candidate // width - rows[here], candidate % width - columns[here]
-        away = torch.hypot(y.float(), x.float()).masked_fill(candidate < 0, torch.inf)
+        y, x = ((candidate // width - rows[here]).float(), (candidate % width - columns[here]).float())
+        away = y.hypot_(x).masked_fill_(candidate < 0, torch.inf)
+        del x
         closer = away < distance[here]
         found[here] = torch.where(closer, candidate, found[here])
         distance[here] = torch.where(closer, away, distance[here])

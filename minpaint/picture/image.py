@@ -19,34 +19,40 @@ SPARE = 16  # unused entries that a palette must have to take new colours
 GAP = 4  # pixels between the pictures of a strip
 
 
+def name_of(source: ImageSource, what: str) -> str:
+    """What messages call a picture: by its file, where it comes from one."""
+    name = fspath(source) if isinstance(source, (str, PathLike)) else getattr(source, "name", None)
+    return f"the {what}" if name is None else f"{what} {name}"
+
+
 def open_image(source: ImageSource, what: str = "image") -> Image.Image:
     """A fully read picture from a file (turned as its EXIF orientation says) or from memory.
 
     what: its name in messages. InputError if it is missing, unreadable, truncated or absurdly large.
     """
-    path = fspath(source) if isinstance(source, (str, PathLike)) else getattr(source, "name", None)
-    name = f"{what} {path}" if path else f"the {what}"
     if not isinstance(source, (Image.Image, str, PathLike)) and not hasattr(source, "read"):
         raise InputError(f"{what} must be a path or a PIL image, not {type(source).__name__}")
+    name = name_of(source, what)
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        told: dict[type[Exception], str] = {FileNotFoundError: "no such file"}
-        told[Image.DecompressionBombError] = f"too many pixels ({error})"
-        told[UnidentifiedImageError] = "not a picture that Pillow can read"
-        raise InputError(f"{name}: {told.get(type(error), f'cannot be read ({error})')}") from None
-    try:
+        several = getattr(image, "is_animated", False) and image.format != "MPO"  # whose other pictures are previews
         image.load()
         if image is not source:
-            if getattr(image, "is_animated", False) and image.format != "MPO":  # whose other pictures are previews
-                warnings.warn(f"{name} holds several pictures; the first is used", MinpaintWarning, stacklevel=2)
             exif = image.getexif()
             if exif and "exif" not in image.info:  # a TIFF's is elsewhere, and copies would lack it
                 image.info["exif"] = exif.tobytes()
             image = ImageOps.exif_transpose(image)
-        return to_eight_bits(image)
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
-        raise InputError(f"{name}: damaged or truncated ({error})") from None
+        image = to_eight_bits(image)
+    except Exception as error:  # Pillow's readers raise many kinds for a damaged file
+        told: dict[type[Exception], str] = {FileNotFoundError: "no such file"}
+        told[UnidentifiedImageError] = "not a picture that Pillow can read"
+        told[Image.DecompressionBombError] = f"too many pixels ({error})"
+        raise InputError(f"{name}: {told.get(type(error), f'cannot be read, or is damaged ({error!r})')}") from None
+    if image.mode == "LAB":  # which Pillow opens but converts to nothing
+        raise InputError(f"{name}: its colours are CIE LAB, which cannot be painted in; save it as RGB")
+    if several and image is not source:
+        warnings.warn(f"{name} holds several pictures; the first is used", MinpaintWarning, stacklevel=2)
+    return image
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
@@ -161,7 +167,7 @@ def to_unit(image: Image.Image) -> Tensor:
 
 def to_image(pixels: Tensor) -> Image.Image:
     """[3, Y, X] in [-1, 1], clamped to it, as an RGB picture."""
-    return Image.merge("RGB", [to_levels(channel) for channel in pixels.float().cpu() * 0.5 + 0.5])
+    return Image.merge("RGB", [to_levels(channel.float().cpu() * 0.5 + 0.5) for channel in pixels])
 
 
 def to_levels(x: Tensor) -> Image.Image:

@@ -20,6 +20,7 @@ from minpaint.picture.image import alpha_of, to_levels, to_unit
 from minpaint.settings import Settings
 
 NOTHING_TO_PAINT = "the mask has nothing to paint: no pixel is white (grey level 128 or more)"
+BAND = 2**20  # pixels of a large hole that are looked at together
 SHAPE_TOLERANCE = 0.01  # relative difference of the aspect ratios of a picture and its mask
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom; the last two are outside
@@ -86,14 +87,20 @@ def feather(hole: Image.Image, pixels: int) -> Image.Image:
 
 
 def _around(hole: Image.Image, reach: int, change: Callable[[Tensor, Tensor], Tensor]) -> Image.Image:
-    """The hole changed near it: change(level of the nearest pixel of the hole, its distance)."""
+    """The hole changed near it: change(level of the nearest pixel of the hole, its distance).
+
+    A large hole is gone through in bands of rows, each with the rows that reach into it.
+    """
     if reach == 0:
         return hole
-    box = reach_box(hole, reach)
-    part = to_unit(hole.crop(box))[0, 0]
-    found, distance = nearest(part > 0)
-    changed = hole.copy()
-    changed.paste(to_levels(change(part.flatten()[found], distance)), box[:2])
+    left, top, right, bottom = reach_box(hole, reach)
+    rows, changed = max(BAND // (right - left), 2 * reach), hole.copy()
+    for first in range(top, bottom, rows):
+        last, start = min(first + rows, bottom), max(first - reach, top)
+        part = to_unit(hole.crop((left, start, right, min(last + reach, bottom))))[0, 0]
+        found, distance = nearest(part > 0)
+        band = to_levels(change(part.flatten()[found], distance)[first - start : last - start])
+        changed.paste(band, (left, first))
     return changed
 
 
@@ -101,6 +108,11 @@ def reach_box(hole: Image.Image, reach: int = 0) -> Box:
     """The box of the hole, or of all if it is empty, and so many pixels around it, inside the picture."""
     left, top, right, bottom = hole.getbbox() or (0, 0, *hole.size)
     return max(left - reach, 0), max(top - reach, 0), min(right + reach, hole.width), min(bottom + reach, hole.height)
+
+
+def area(box: Box) -> int:
+    """Pixels of a box."""
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def islands(hole: Image.Image, apart: int) -> Iterator[Image.Image]:

@@ -15,26 +15,33 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import reduce
 from io import BytesIO
-from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image, ImageChops, PngImagePlugin
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks; there no file can be removed while it is open
+    fcntl = None  # type: ignore[assignment]
+
 from minpaint.errors import InputError, MinpaintError
 from minpaint.picture.frame import Frame
-from minpaint.picture.image import ImageSource, open_image
+from minpaint.picture.image import ImageSource, name_of, open_image
 
 Record = dict[str, Any]
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; libjpeg's and the format's limits
-REHEARSED = 64  # pixels on the longer side, at most, of the copy that `rehearse` writes
 OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
-    "TIFF": {"compression": "raw"},  # not the original's, which may be lossy, or refuse the metadata
     "WEBP": {"lossless": True, "exact": True},
+    "TIFF": {"compression": "raw"},  # Pillow would take the input's, which may be lossy or refuse the EXIF
 }
-HIDDEN = ".minpaint-"  # how the names of files begin that are not written to their end
+REHEARSED = 16  # pixels a side of the piece of a picture that is saved to memory before the painting begins
+UNFINISHED = ".minpaint-part"  # ends the names of files that are being written
+# Bytes for each pixel that `save` takes beside the painting and the frame: the encoder, reading the file, comparing it
+SAVING = {"PNG": 8, "JPEG": 15, "WEBP": 35, "TIFF": 8}
+COMPARED = 2**20  # pixels that are compared at a time
 RECORD = "minpaint"  # keyword of the record's PNG text chunk, and a key of every record
 TEXTS = ("model", "config", "image", "mask", "dtype")  # fields of a record that are text, or null
 NO_TEXT = (RECORD, "XML:com.adobe.xmp")  # text chunks that are not carried over as they are
@@ -63,133 +70,126 @@ class Receipt:
         return f"changed pixels outside: {self.changed} of {self.outside}" + ("" if self.lossless else lossy)
 
 
-def rehearse(target: Path, frame: Frame, record: Record | None) -> None:
-    """Find out before the painting whether a file can hold it: write a small copy of the original as it will be.
+def check_target(target: Path, frame: Frame, record: Record | None, kept: bool = True) -> None:
+    """Rehearse `save` in memory with a small piece of the picture: InputError if the format cannot hold it.
 
-    Raises:
-        InputError: the picture is too large for the format, or a copy in its mode, with its metadata and
-            a record like this one, cannot be written, or does not come back as it was.
+    kept: the frame will be given to `save`, too. A target without a known suffix is saved as PNG.
     """
-    kind, size = FORMATS[target.suffix.lower()], frame.original.size
-    if max(size) > LONGEST_SIDE.get(kind, max(size)):
+    kind, (width, height) = FORMATS.get(target.suffix.lower(), "PNG"), frame.original.size
+    if max(width, height) > LONGEST_SIDE.get(kind, max(width, height)):
         raise InputError(f"output {target}: {kind} holds up to {LONGEST_SIDE[kind]} pixels a side; use .png or .tif")
-    scale = min(REHEARSED / max(size), 1.0)
-    width, height = (max(int(side * scale), 1) for side in size)
-    small = frame.original.resize((width, height), Image.Resampling.NEAREST)
-    kept, content = replace(frame, original=small, cover=Image.new("L", small.size)), BytesIO()
+    left, top, *_ = frame.cover.getbbox() or (0, 0)
+    box = (left, top, min(left + REHEARSED, width), min(top + REHEARSED, height))
+    original, hole, cover = (picture.crop(box) for picture in (frame.original, frame.hole, frame.cover))
+    piece = replace(frame, original=original, hole=hole, cover=cover)
     try:
-        _write(small.copy(), kept, record, kind, content)
-        _compare(content, kept, kind)
-    except Exception as error:  # whatever Pillow and its libraries raise
-        if isinstance(error, MinpaintError) or getattr(error, "errno", None):
-            raise  # not the format's fault
-        told = f"a {kind} file cannot hold this picture with its metadata ({error}); use .png"
-        raise InputError(f"output {target}: {told}{'' if record is None else ', or --no-record'}") from None
+        image = piece.finish(piece.begin()) if kept else Image.new("RGB", original.size)
+        _write(image, piece if kept else None, record, kind, BytesIO())
+    except Exception as error:  # whatever Pillow's writers raise
+        told = f"output {target}: {kind} cannot hold this picture's metadata or record ({error})"
+        raise InputError(f"{told}; use another format, --no-record, or an image without metadata") from None
 
 
-def save(image: Image.Image, frame: Frame | None, record: Record | None, target: Path | BinaryIO) -> Receipt | None:
+def save(
+    image: Image.Image, frame: Frame | None, record: Record | None, target: Path | BinaryIO, overwrite: bool = True
+) -> Receipt | None:
     """Write a painting to a file, or as PNG to a stream, once it has been read back and compared.
 
     A file is written beside its target and renamed, so that a killed run leaves no half picture,
-    and one that did not keep what it should is never left behind. Where the target is a link, the
-    file that it points to is replaced. Without a frame nothing is compared, no metadata carried over,
-    and there is no receipt.
+    and one that did not keep what it should is never left there. Where the target is a symbolic
+    link, it stays one, and the file it points to is written. Without a frame nothing is compared,
+    no metadata carried over, and there is no receipt.
 
     Raises:
-        MinpaintError: a pixel outside the hole has changed although the format is lossless.
+        MinpaintError: the file cannot be written, exists and is not to be overwritten, or has a
+            changed pixel outside the hole although its format is lossless. The painting is saved
+            elsewhere then, and the message says where.
     """
-    if not isinstance(target, Path):
+    try:
+        if isinstance(target, Path):
+            with _beside(target.resolve(), overwrite) as file:
+                return _write(image, frame, record, FORMATS[target.suffix.lower()], file)
         content = BytesIO()
-        _write(image, frame, record, "PNG", content)
-        receipt = None if frame is None else _compare(content, frame, "PNG")
+        receipt = _write(image, frame, record, "PNG", content)
         target.write(content.getvalue())
         target.flush()
         return receipt
-    kind, place = FORMATS[target.suffix.lower()], target.resolve()
-    with _file_beside(place) as file:
-        _write(image, frame, record, kind, file)
-        file.flush()
-        receipt = None if frame is None else _compare(Path(file.name), frame, kind)
-        if os.name == "nt":  # which does not rename an open file
-            file.close()
-        os.replace(file.name, place)
-    return receipt
+    except Exception as error:
+        name = target if isinstance(target, Path) else "-"
+        raise MinpaintError(f"output {name}: {error}; {_rescue(image, target)}") from None
 
 
-def rescue(image: Image.Image, target: Path) -> Path | None:
-    """Write a painting that could not be saved as PNG beside its target, or else into the temporary folder.
-
-    Returns where it is; None if it could not be written there either.
-    """
-    for folder in (target.resolve().parent, Path(tempfile.gettempdir())):
-        name = target.stem.strip("-")[:100] or "minpaint"
-        places = (folder / f"{name}-rescued{number or ''}.png" for number in count())
-        with suppress(Exception):
-            place = next(place for place in places if not place.exists())
-            save(image, None, None, place)
-            return place
-    return None
+def _rescue(image: Image.Image, target: Path | BinaryIO) -> str:
+    """Save a painting alone as a PNG beside its target or, if that cannot be, in the temporary folder; says where."""
+    bare = image.convert("RGBA") if "transparency" in image.info else image.copy()
+    bare.info, failure = {}, ""
+    stem, beside = (target.stem[:40], [target.parent]) if isinstance(target, Path) else ("stdout", [])
+    for folder in (*beside, Path(tempfile.gettempdir())):
+        file = folder / f"{stem}-rescued-{secrets.token_hex(4)}.png"
+        try:
+            with _beside(file, overwrite=False) as content:
+                bare.save(content, "PNG")
+            return f"the painting is in {file}"
+        except Exception as error:
+            failure += f" ({error})"
+    return f"the painting is lost, as no folder for it can be written{failure}"
 
 
 @contextmanager
-def _file_beside(target: Path) -> Iterator[BinaryIO]:
-    """A new hidden file in a target's folder, to be renamed to it; it is gone in the end.
+def _beside(target: Path, overwrite: bool) -> Iterator[BinaryIO]:
+    """A new file that takes the target's place when the block ends well, and is gone when it does not.
 
-    A killed process leaves its file behind, and the next one that writes into the folder removes it. It knows
-    the files of living processes by their locks, which the system releases when a process ends.
+    It is locked while it is written, so one that nobody has locked was left by a killed process, and is removed.
     """
-    for left in target.parent.glob(f"{HIDDEN}*"):
+    for left in target.parent.glob(f".*{UNFINISHED}"):
         with suppress(OSError), left.open("rb") as file:
-            if _lock(file):
-                left.unlink()
-    while True:
-        path = target.with_name(f"{HIDDEN}{secrets.token_hex(4)}{target.suffix}")
-        with path.open("xb") as file:
-            try:
-                # another process may have taken it for a dead one's before it was locked
-                if _lock(file) and path.exists():
-                    yield file
-                    return
-            finally:
-                path.unlink(missing_ok=True)
+            _lock(file, wait=False)
+            left.unlink()
+    part: BinaryIO | None = None
+    while part is None or not os.fstat(part.fileno()).st_nlink:  # removed by another process before it was locked
+        beside = target.with_name(f".{target.stem[:40]}-{secrets.token_hex(4)}{UNFINISHED}")
+        part = beside.open("x+b")
+        with suppress(OSError):  # some network folders have no locks; there nothing is removed either
+            _lock(part, wait=True)
+    try:
+        with part:
+            yield part
+            part.flush()
+            if not overwrite and target.exists():
+                raise MinpaintError("the file exists by now; add --overwrite to replace it")
+            if fcntl is None:
+                part.close()  # Windows does not rename an open file
+            os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Lock a file for this process; False if another one holds it. Where there are no such locks (Windows), True."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+def _lock(file: BinaryIO, wait: bool) -> None:
+    """Lock a file for this process; if another one holds it, wait for that or raise OSError."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def read_record(source: ImageSource) -> Record:
     """The record in a file that minpaint wrote; InputError if there is none."""
     image = open_image(source)
-    text = image.info.get(RECORD)
-    if text is None:
-        comment = image.getexif().get_ifd(EXIF_FOLDER).get(USER_COMMENT, b"")
-        comment = comment.encode("latin-1", "replace") if isinstance(comment, str) else bytes(comment)
-        text = comment.removeprefix(ASCII).decode("ascii", "replace")
     try:
+        text = image.info.get(RECORD)
+        if text is None:
+            comment = image.getexif().get_ifd(EXIF_FOLDER)[USER_COMMENT]
+            comment = comment.encode("latin-1", "replace") if isinstance(comment, str) else memoryview(comment)
+            text = bytes(comment).removeprefix(ASCII).decode("ascii", "replace")
         record = json.loads(text)
-    except ValueError:
+    except Exception:  # there is none, the EXIF is damaged, or it is nested too deeply
         record = None
-    if (
-        not isinstance(record, dict)
-        or RECORD not in record
-        or not all(isinstance(record.get(name), str | None) for name in TEXTS)
-    ):
-        name = getattr(source, "name", source)
-        raise InputError(f"{name} holds no record of a painting; only files that minpaint wrote do")
+    wrong = (name for name in TEXTS if not isinstance(record, dict) or not isinstance(record.get(name), str | None))
+    if not isinstance(record, dict) or RECORD not in record or any(wrong):
+        raise InputError(f"{name_of(source, 'file')} holds no record of a painting; only files that minpaint wrote do")
     return record
 
 
-def _write(image: Image.Image, frame: Frame | None, record: Record | None, kind: str, file: BinaryIO) -> None:
+def _write(image: Image.Image, frame: Frame | None, record: Record | None, kind: str, file: BinaryIO) -> Receipt | None:
+    """Save a painting, read it again, and compare what the frame keeps."""
     original = frame.original if frame is not None else Image.new("L", (1, 1))
     exif, text = _exif(original), PngImagePlugin.PngInfo()
     for key, value in original.info.items():
@@ -204,6 +204,7 @@ def _write(image: Image.Image, frame: Frame | None, record: Record | None, kind:
     if len(exif) or any(exif.get_ifd(folder) for folder in (EXIF_FOLDER, GPS_FOLDER)):
         options["exif"] = exif.tobytes()
     _fit(image, kind).save(file, kind, **options)
+    return None if frame is None else _compare(file, frame, kind)
 
 
 def _exif(original: Image.Image) -> Image.Exif:
@@ -217,29 +218,32 @@ def _exif(original: Image.Image) -> Image.Exif:
 
 
 def _fit(image: Image.Image, kind: str) -> Image.Image:
-    """The picture in a mode its format takes. JPEG has no transparency, which goes on white.
-
-    A colour that stands for transparent, or a palette's transparency, needs PNG, or becomes an alpha channel.
-    """
-    if kind != "PNG" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    if kind != "JPEG" or image.mode in ("1", "L", "RGB"):
+    """The picture in a mode its format takes: TIFF and WebP have no clear colour, JPEG nothing clear (white)."""
+    grey, keyed = image.mode in ("1", "L", "LA"), "transparency" in image.info
+    if keyed and kind in ("TIFF", "WEBP"):
+        return image.convert("LA" if grey and image.mode != "1" else "RGBA")
+    if kind != "JPEG" or (image.mode in ("1", "L", "RGB") and not keyed):
         return image
     clear = image.convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
-    return flat.convert("L" if image.mode == "LA" else "RGB")
+    return flat.convert("L" if grey else "RGB")
 
 
-def _compare(file: Path | BytesIO, frame: Frame, kind: str) -> Receipt:
+def _compare(file: BinaryIO, frame: Frame, kind: str) -> Receipt:
     original = _fit(frame.original, kind)
     with Image.open(file) as saved:
         if saved.size != original.size:
             raise MinpaintError(f"the file came out as {saved.size}, not {original.size}; nothing was written")
         modes = {saved.mode, original.mode}
-        mixed = len(modes) > 1 or "P" in modes or "transparency" in original.info
-        mode = "RGBA" if mixed else "L" if modes == {"1"} else saved.mode
-        differences = ImageChops.difference(saved.convert(mode), original.convert(mode)).split()
-    counts = reduce(ImageChops.lighter, differences).histogram(ImageChops.invert(frame.touched.convert("L")))[:256]
+        keyed = "transparency" in {*saved.info, *original.info}
+        mode = "RGBA" if len(modes) > 1 or "P" in modes or keyed else "L" if modes == {"1"} else saved.mode
+        counts, rows = [0] * 256, max(COMPARED // saved.width, 1)
+        for top in range(0, saved.height, rows):
+            box = (0, top, saved.width, min(top + rows, saved.height))
+            differences = ImageChops.difference(*(image.crop(box).convert(mode) for image in (saved, original)))
+            kept = frame.cover.crop(box).point(lambda level: 255 * (level == 0))
+            found = reduce(ImageChops.lighter, differences.split()).histogram(kept)
+            counts = [before + more for before, more in zip(counts, found, strict=False)]
     largest = max((level for level in range(256) if counts[level]), default=0)
     receipt = Receipt(sum(counts[1:]), sum(counts), largest, kind != "JPEG")
     if receipt.lossless and receipt.changed:

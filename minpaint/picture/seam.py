@@ -32,7 +32,10 @@ def match_colour(painted: Tensor, original: Tensor, kept: Tensor) -> Tensor:
     """
     difference = (painted - original)[None]
     shift = difference.clamp(-SHIFT, SHIFT)
-    return painted - (membrane(shift, kept) + membrane(difference - shift, kept, FADE))[0]
+    difference -= shift
+    wrong = membrane(shift, kept)
+    del original, shift  # of a large picture they take much memory
+    return painted - wrong.add_(membrane(difference, kept, FADE))[0]
 
 
 def seam_error(picture: Image.Image, hole: Image.Image) -> float:

@@ -82,9 +82,10 @@ class View:
         if match:
             left, top, right, bottom = box = reach_box(self.cover, MATCHED)
             free = (to_unit(self.hole.crop(box)) + to_unit(self.cover.crop(box)))[0, 0] > 0
-            original = to_pixels(part.crop(box)).to(painted)
+            original = to_pixels(part.crop(box))[0].to(painted)
             here = painted[0, :, top:bottom, left:right]  # shares its memory: copying into it changes `painted`
-            here.copy_(match_colour(here, original[0], ~free.to(painted.device)))
+            here.copy_(match_colour(here, original, ~free.to(painted.device)))
+            del original
         shown = to_image(painted[0]).convert(picture.mode.rstrip("A"))
         if picture.mode.endswith("A"):
             shown.putalpha(part.getchannel("A"))
