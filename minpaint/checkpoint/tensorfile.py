@@ -235,8 +235,7 @@ def _open(path: Path, version: tuple[int, ...] = ()) -> Iterator[BinaryIO]:
         with path.open("rb", buffering=0) as file:
             version = version or _version(file.fileno())
             yield file
-            if _version(path) != version:
-                raise CheckpointError(f"{path}: was changed while it was in use; start again")
+            refuse_changed({path: version})
     except CheckpointError:  # which is a ValueError too
         raise
     except (OSError, ValueError) as error:
