@@ -171,6 +171,7 @@ class Run:
         tune_heap(self.device, None)
         if kind is None:
             self._check_steps()
+            self.engine.checkpoint.refuse_changed()
 
     @property
     def measured(self) -> int:
