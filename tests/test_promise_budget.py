@@ -21,6 +21,9 @@ from weights.random_checkpoint import FAMILIES, write_checkpoint
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
 NEAR = 1.1  # the most that a prediction may be above what was taken
+# The same where a phase keeps freed memory in the heap: of that, between none and all of the activations is torn
+# into pieces that cannot be used again, by which blocks happen to be freed first. The plan allows for the most.
+NEAR_KEPT = 1.5
 pytestmark = pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell a process's largest resident set"
 )
@@ -67,7 +70,7 @@ def budgets_between(paint: list[str], number: int, threads: int = 1) -> list[int
 
 
 def check(paint: list[str], budgets: list[int], near: float = NEAR, threads: int = 1) -> None:
-    """No budget is exceeded, and no prediction too low or much too high."""
+    """No budget is exceeded, and no prediction too low, or much too high; `near` is not for the smallest budget."""
     results = run_each([[*paint, "--budget", str(budget)] for budget in budgets], threads)
     assert len(results) == len(budgets)
     for budget, result in zip(budgets, results, strict=True):
@@ -75,7 +78,7 @@ def check(paint: list[str], budgets: list[int], near: float = NEAR, threads: int
         planned, peak = json.loads(result["out"])["memory"]["planned"], result["peak"]
         print(f"budget {budget / MIB:.0f} planned {planned / MIB:.0f} peak {peak / MIB:.0f} MiB")
         assert peak <= planned <= budget
-        assert planned <= near * peak
+        assert planned <= (NEAR if budget == budgets[0] else near) * peak
 
 
 def test_five_budgets_are_kept_by_the_whole_process(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -84,12 +87,12 @@ def test_five_budgets_are_kept_by_the_whole_process(checkpoint: Callable[[str], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "threads"), [("tiny", 1), ("tiny", 2), ("small-sd2", 1)])
-def test_twenty_budgets_are_kept_by_the_whole_process(
-    checkpoint: Callable[[str], Path], tmp_path: Path, model: str, threads: int
+@pytest.mark.parametrize(("model", "threads", "number"), [("tiny", 1, 20), ("tiny", 2, 5), ("small-sd2", 1, 5)])
+def test_many_budgets_are_kept_by_the_whole_process(
+    checkpoint: Callable[[str], Path], tmp_path: Path, model: str, threads: int, number: int
 ) -> None:
     paint = call(tmp_path, make_picture(192, 128), make_mask(192, 128), model if model == "tiny" else checkpoint(model))
-    check([*paint, "--context", "whole"], budgets_between([*paint, "--context", "whole"], 20, threads), threads=threads)
+    check([*paint, "--context", "whole"], budgets_between([*paint, "--context", "whole"], number, threads), threads=threads)
 
 
 def large_photo(folder: Path) -> list[str]:
@@ -135,4 +138,4 @@ def test_address_space_may_be_limited_to_the_plan(checkpoint: Callable[[str], Pa
 def test_three_budgets_are_kept_at_full_size(tmp_path: Path, dtype: str, budgets: tuple[int, ...]) -> None:
     folder = write_checkpoint(tmp_path / "model", FAMILIES["sd15"], dtype=torch.float16, variant="fp16")
     paint = [*call(tmp_path, make_picture(512, 512), make_mask(512, 512), folder, steps=2), "--dtype", dtype]
-    check(paint, [budget * MIB for budget in budgets], threads=torch.get_num_threads())
+    check(paint, [budget * MIB X
