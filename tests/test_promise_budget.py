@@ -92,7 +92,11 @@ def test_many_budgets_are_kept_by_the_whole_process(
     checkpoint: Callable[[str], Path], tmp_path: Path, model: str, threads: int, number: int
 ) -> None:
     paint = call(tmp_path, make_picture(192, 128), make_mask(192, 128), model if model == "tiny" else checkpoint(model))
-    check([*paint, "--context", "whole"], budgets_between([*paint, "--context", "whole"], number, threads), threads=threads)
+    check(
+        [*paint, "--context", "whole"],
+        budgets_between([*paint, "--context", "whole"], number, threads),
+        threads=threads,
+    )
 
 
 def large_photo(folder: Path) -> list[str]:
@@ -134,8 +138,8 @@ def test_address_space_may_be_limited_to_the_plan(checkpoint: Callable[[str], Pa
 
 @pytest.mark.slow
 @pytest.mark.full_size
-@pytest.mark.parametrize(("dtype", "budgets"), [("bf16", (820, 1300, 15360)), ("fp32", (1100, 1600, 15360))])
+@pytest.mark.parametrize(("dtype", "budgets"), [("bf16", (752, 1300, 15360)), ("fp32", (928, 1600, 15360))])
 def test_three_budgets_are_kept_at_full_size(tmp_path: Path, dtype: str, budgets: tuple[int, ...]) -> None:
     folder = write_checkpoint(tmp_path / "model", FAMILIES["sd15"], dtype=torch.float16, variant="fp16")
     paint = [*call(tmp_path, make_picture(512, 512), make_mask(512, 512), folder, steps=2), "--dtype", dtype]
-    check(paint, [budget * MIB X
+    check(paint, [budget * MIB for budget in budgets], NEAR_KEPT, threads=torch.get_num_threads())
