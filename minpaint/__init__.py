@@ -44,7 +44,8 @@ def load(
             that of all tensors, on the CPU the whole process's.
         config: a folder in diffusers layout whose configurations and tokenizer describe a
             single file; without it the architecture is told from the tensors' shapes.
-        fast: on a GPU, also use recorded graphs and fused layers, which no GPU has tested yet.
+        fast: on CUDA, also use recorded graphs, fused layers and weights with channels last, which
+            no GPU has tested yet; the CPU has its fast layers anyway.
 
     All weights are loaded and checked here if the budget can hold them together; otherwise when
     they are needed.

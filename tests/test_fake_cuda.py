@@ -271,7 +271,7 @@ def test_what_a_faster_form_raises_is_caught_once_and_the_plain_form_goes_on(
 
     monkeypatch.setattr(calls, "GraphReplay", broken)
     painter = on_gpu(checkpoint("small-sd1"), gpu, torch.float16, MOST, keeps=True, fast=True)
-    with pytest.warns(minpaint.errors.MinpaintWarning, match="faster form failed on cuda .*not permitted") as told:
+    with pytest.warns(minpaint.errors.MinpaintWarning, match="--fast failed on cuda .*not permitted") as told:
         assert paint(painter, gpu, picture, mask, sampler="ddim", steps=3) == 3
     assert len(told) == 1
     assert not any(phase.strategy.fast for phase in painter.last_run.plan.phases.values())  # type: ignore[union-attr]

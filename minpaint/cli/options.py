@@ -63,7 +63,7 @@ OPTIONS: list[Option] = [
     *_settings(HOLE),
     (HOLE, "--explain-mask", "draw every stage of the mask side by side", FILE),
     (MACHINE, "--device", "auto, cpu, cuda[:N], xpu[:N] or mps (default: auto)", AUTO),
-    (MACHINE, "--fast", "on a GPU, also use recorded graphs and fused layers, which no GPU has tested yet", SWITCH),
+    (MACHINE, "--fast", "on CUDA, also use graphs, fused layers and channels last, which no GPU has tested", SWITCH),
     (MACHINE, "--dtype", "of the networks (default: auto)", {**AUTO, "choices": ("auto", "fp32", "bf16", "fp16")}),
     (MACHINE, "--budget", "memory the run may take, or is refused at once (default: 15GiB)", {"metavar": "SIZE"}),
     *_settings(MACHINE),

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,19 +80,19 @@ def used_memory(device: torch.device) -> int:
     gpu = gpu_module(device)
     if gpu is None:
         return 0
-    return int(gpu.current_allocated_memory() if device.type == "mps" else gpu.memory_allocated(device))
+    return int(gpu.current_allocated_memory()) if device.type == "mps" else _ask(gpu, "memory_allocated", device)
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that could be taken on top of those."""
     gpu = gpu_module(device)
-    if device.type == "mps":
-        return max(int(gpu.recommended_max_memory() - gpu.driver_allocated_memory()), 0)
+    if gpu is not None and device.type == "mps":
+        return max((_ask(gpu, "recommended_max_memory") or 2**60) - int(gpu.driver_allocated_memory()), 0)
     if gpu is not None:
-        cached = int(gpu.memory_reserved(device) - gpu.memory_allocated(device))
+        reserved, allocated = _ask(gpu, "memory_reserved", device), _ask(gpu, "memory_allocated", device)
         if hasattr(gpu, "mem_get_info"):
-            return int(gpu.mem_get_info(device)[0]) + cached
-        return int(gpu.get_device_properties(device).total_memory - gpu.memory_allocated(device))  # an older xpu
+            return int(gpu.mem_get_info(device)[0]) + reserved - allocated
+        return int(gpu.get_device_properties(device).total_memory) - allocated  # an older xpu
     free = _read_number("/proc/meminfo", "MemAvailable:", 1024)
     free = 2**60 if free is None else free  # unknown: believe the user
     limit, used = (_read_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))  # a container's
@@ -119,14 +120,14 @@ def peak_memory(device: torch.device) -> int:
     gpu = gpu_module(device)
     if device.type == "mps" and gpu is not None:
         return int(gpu.driver_allocated_memory())
-    return 0 if gpu is None else int(gpu.max_memory_allocated(device))
+    return 0 if gpu is None else _ask(gpu, "max_memory_allocated", device)
 
 
 def release_cached(device: torch.device) -> None:
     """Return memory to the system that is free but still held in reserve."""
     if device.type == "cpu":
         _call_glibc("malloc_trim", 0)
-    elif (gpu := gpu_module(device)) is not None:
+    elif hasattr(gpu := gpu_module(device), "empty_cache"):
         gpu.empty_cache()
 
 
@@ -167,6 +168,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     ):
         return True
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+
+
+def _ask(gpu: Any, name: str, *arguments: torch.device) -> int:
+    """A figure in bytes; 0 where PyTorch is too old to have it for this kind of GPU."""
+    return int(getattr(gpu, name)(*arguments)) if hasattr(gpu, name) else 0
 
 
 def _call_glibc(name: str, *arguments: int) -> None:

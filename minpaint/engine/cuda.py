@@ -100,7 +100,10 @@ def exact_float32(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def attention_is_fused(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch's attention runs without holding all scores; cards before 8.0 have no such bfloat16 kernel."""
+    """Whether PyTorch's attention is sure to run without holding all scores.
+
+    NVIDIA's cards before 8.0 have no such bfloat16 kernel; on other makers' GPUs it depends on card and version.
+    """
     if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.is_available():
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type != "mps"
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" or (device.type == "cuda" and torch.version.hip is None)

@@ -123,7 +123,7 @@ class Planner:
 
     arithmetic: the number format computed in; None leaves it to the processor. fused: whether
     attention has a kernel that does not keep all scores; None asks the device. thresholds: where
-    faster ways to compute begin to pay. fast: use the faster forms of a GPU, too.
+    faster ways to compute begin to pay. fast: on CUDA, use its faster forms too.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Planner:
         fast: bool = False,
     ) -> None:
         self.architecture, self.device, self.dtype, self.thresholds = architecture, device, dtype, thresholds
-        self.on_gpu, self.fast = device.type != "cpu", fast
+        self.on_gpu, self.fast = device.type != "cpu", fast and device.type == "cuda"
         self.arithmetic = arithmetic or choose_arithmetic(device, dtype)
         self.fused = attention_is_fused(device, self.arithmetic) if fused is None else fused
         self.reserve = GPU_RESERVE if self.on_gpu else 0.0

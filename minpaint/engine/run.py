@@ -39,7 +39,8 @@ class Engine:
     """A checkpoint's networks on one device, and where their weights are.
 
     keeps: whether all networks stay loaded from painting to painting, if the budget has room.
-    thresholds: where faster ways to compute begin to pay. fast: use the faster forms of a GPU.
+    thresholds: where faster ways to compute begin to pay. fast: on CUDA, use its faster forms too.
+    plain: whether a GPU's special ways have failed and are not to be used any more.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Engine:
         self.checkpoint, self.device, self.dtype, self.budget = checkpoint, device, dtype, budget
         self.planners: dict[torch.dtype, Planner] = {}
         self.prepared: Phase | None = None  # the phase that weights and networks are ready for
-        self.keeps, self.thresholds, self.fast = False, DEFAULTS, fast
+        self.keeps, self.thresholds, self.fast, self.plain = False, DEFAULTS, fast, False
         vae, directories = checkpoint.vae, checkpoint.architecture.directories
         modules: dict[str, tuple[str, nn.Module, list[nn.Module]]] = {
             "text_encoder": ("text_encoder", checkpoint.text_encoder, [checkpoint.text_encoder]),
@@ -61,7 +62,7 @@ class Engine:
             for key, (name, model, roots) in modules.items()
         }
         # not the VAE's: its group norms may copy maps of this layout, and no plan counts these copies
-        self.weights["unet"].channels_last = fast and device.type != "cpu"
+        self.weights["unet"].channels_last = fast and device.type == "cuda" and dtype != torch.float32
 
     def planner(self, dtype: torch.dtype | None = None) -> Planner:
         """The planner for a number format of the weights; None is the engine's own."""
@@ -125,7 +126,7 @@ class Engine:
 
     def make_plain(self) -> None:
         """From now on, use nothing of a GPU but what every program uses: no graphs, no copies beside the computing."""
-        self.fast, self.prepared = False, None
+        self.fast, self.plain, self.prepared = False, True, None
         self.planners.clear()
         for weights in self.weights.values():
             weights.offload()
@@ -158,7 +159,7 @@ class Run:
         self.unchecked: list[tuple[Tensor, Tensor]] = []  # of outputs of the UNet: whether finite, and their timesteps
         weights, factor = engine.weights["unet"].directory.values(), engine.checkpoint.architecture.vae.factor
         self.work = request.rows * request.area // factor**2 * sum(stored.count for stored in weights) // len(weights)
-        self.fallen_back = self.plain = False
+        self.fallen_back = False
         reset_peak(self.device)
 
     def __enter__(self) -> Run:
@@ -210,9 +211,10 @@ class Run:
         return output
 
     def _check_steps(self) -> None:
-        """Raise if an output of the UNet was not finite."""
-        for finite, t in self.unchecked:
-            _check(finite, "UNet", self.engine.dtype, f" at timestep {int(t[0])}")
+        """Raise if an output of the UNet was not finite; asks a GPU once for all steps, as each answer is waited for."""
+        if self.unchecked and not bool(torch.stack([finite for finite, _ in self.unchecked]).all()):
+            for finite, t in self.unchecked:
+                _check(finite, "UNet", self.engine.dtype, f" at timestep {int(t[0])}")
         self.unchecked.clear()
 
     def _vae(self, name: str, x: Tensor, call: Callable[[Tensor, Phase], Tensor]) -> Tensor:
@@ -245,7 +247,7 @@ class Run:
                 if not is_out_of_memory(error):
                     if isinstance(error, MinpaintError) or not self._is_special(name):
                         raise
-                    self._make_plain(f"{type(error).__name__}: {error}")
+                    self._make_plain(name, f"{type(error).__name__}: {error}")
                     continue
             # out of the handler, where nothing of the failed call is alive any more
             if self.fallen_back:
@@ -268,16 +270,19 @@ class Run:
         """Whether a phase runs on a GPU in another than the plain form, which is the place to look for a fault."""
         phase = self.plan.phases[name]
         special = phase.strategy.fast or phase.strategy.caches or phase.split is not None
-        return self.calls.on_gpu and special and not self.plain
+        return self.calls.on_gpu and special
 
-    def _make_plain(self, fault: str) -> None:
-        self.plain = True
+    def _make_plain(self, name: str, fault: str) -> None:
+        """Plan without what has failed; MinpaintError if that is plain already, and the budget too small for plainer."""
+        streamed, fault = self.plan.phases[name].split is not None, fault[:200]
+        if self.engine.plain:
+            need = "streaming the weights, which this budget needs,"
+            raise MinpaintError(f"{need} failed on {self.device} in the phase {name} ({fault}); raise --budget")
         self.calls.forget()
         self.engine.make_plain()
         self.plan = self.engine.planner().choose(self.request, self.plan.budget, self.plan.base)
-        told = (
-            f"the faster form failed on {self.device} ({fault[:200]}); going on in the plain one, with the same result"
-        )
+        what = "streaming the weights beside the computing" if streamed else "--fast"
+        told = f"{what} failed on {self.device} ({fault}); going on in the plain way, with the same result"
         warnings.warn(told, MinpaintWarning, stacklevel=2)
 
     def _fall_back(self, name: str) -> None:
