@@ -11,6 +11,7 @@ graphs; and pictures.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, checkpoint: Folders) -> Iterator[FakeGp
     for family in (*FAMILIES, "small-sd2"):
         checkpoint(family)  # written with real numbers
     monkeypatch.setattr(NetworkWeights, "check", lambda *_: None)
+    monkeypatch.setattr(run, "capped", lambda *_: nullcontext())
     monkeypatch.setattr(calls, "GraphReplay", lambda function, device: function)
     side = 64
     canvas = Canvas(torch.rand(1, 3, side, side), torch.ones(1, 1, side, side), torch.ones(1, 1, side // 8, side // 8))
