@@ -109,6 +109,7 @@ def agree(options: argparse.Namespace) -> None:
         taken = common.alternate(
             lambda: common.run_painter(plain, pictures, 10), lambda: common.run_painter(fast, pictures, 10), 3
         )
+        del taken["results"]
         rows.append({"row": "plain beside fast", "differ by": common.relative(*latents), **taken})
     for row in rows:
         print(f"{row['row']:32} differ by {row['differ by']:.1e}" + (f", {row['ratio']:.2f}" if "ratio" in row else ""))
