@@ -33,7 +33,7 @@ from minpaint.engine.budget import format_size, release_cached
 from minpaint.engine.device import choose_device, choose_dtype
 from weights.random_checkpoint import FAMILIES, write_checkpoint
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("MINPAINT_RESULTS") or Path(__file__).parent / "results")
 FULL_SIZE = ("sd15", "sd2")
 OURS, THEIRS = "minpaint", "diffusers"
 PROMPT, NEGATIVE = "two dogs on a bench", "blurry"

@@ -5,8 +5,8 @@
 From sound files, seeded random mutations make others, which go through the functions that a run reads them
 with. Whatever they hold must end in success or in a MinpaintError of the right class, in one line of at most
 600 characters, within ten seconds of processor time and the memory limit; a panic of the libraries in Rust is
-no Exception and counts as a crash. The program prints every find with its seed and how often each message came. `test_fuzz.py`
-runs the first few hundred.
+no Exception and counts as a crash. The program prints every find with its seed and how often each message came.
+`test_fuzz.py` runs the first few hundred.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,13 @@ from folders import (
 from PIL import Image
 
 import minpaint
+import minpaint.checkpoint.load as load_module
 from minpaint.checkpoint import hub
+from minpaint.checkpoint.architecture import blank_models
+from minpaint.checkpoint.configs import parse_configs
 from minpaint.checkpoint.load import describe
 from minpaint.painter import Painter
-from weights.random_checkpoint import write_tokenizer
+from weights.random_checkpoint import FAMILIES, write_tokenizer
 
 # ---- bad configurations ----
 
@@ -246,6 +251,52 @@ def test_absurd_sizes_are_refused(component: str, width: int, broken: Path) -> N
     refusal(broken)
 
 
+@pytest.mark.parametrize(
+    ("component", "values"),
+    [
+        ("text_encoder", {"num_hidden_layers": 2**20}),
+        ("text_encoder", {"num_hidden_layers": 257}),
+        ("unet", {"layers_per_block": 17}),
+        ("vae", {"layers_per_block": 17}),
+        ("vae", {"block_out_channels": [32] * 9}),
+        ("unet", {"cross_attention_dim": 2**16 + 1}),
+        ("text_encoder", {"vocab_size": 2**20 + 1}),
+        ("scheduler", {"num_train_timesteps": 2**17 + 1}),
+        ("scheduler", {"beta_start": 1.5}),
+        ("vae", {"scaling_factor": 10**400}),
+    ],
+)
+def test_more_than_a_model_can_have_is_refused_before_it_is_built(
+    component: str, values: dict[str, Any], broken: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(load_module, "blank_models", lambda *_: pytest.fail("built"))
+    configure(broken, component, **values)
+    assert f"{component}/{CONFIG_FILES[component]}: {next(iter(values))}" in refusal(broken)
+
+
+def test_the_largest_models_that_configurations_can_ask_for_are_built_in_seconds() -> None:
+    like = FAMILIES["small-sd1"]
+    unet = {"block_out_channels": [65536] * 8, "layers_per_block": 16, "cross_attention_dim": 65536}
+    unet |= {"down_block_types": ["CrossAttnDownBlock2D"] * 8, "up_block_types": ["CrossAttnUpBlock2D"] * 8}
+    vae = {"block_out_channels": [65536] * 8, "layers_per_block": 16}
+    vae |= {"down_block_types": ["DownEncoderBlock2D"] * 8, "up_block_types": ["UpDecoderBlock2D"] * 8}
+    text = {"num_hidden_layers": 256, "hidden_size": 65536, "intermediate_size": 65536, "vocab_size": 2**20}
+    started = time.process_time()
+    configs = parse_configs(like["unet"] | unet, like["vae"] | vae, like["text_encoder"] | text, like["scheduler"])
+    blank_models(configs.unet, configs.vae, configs.text)
+    assert time.process_time() - started < 10
+
+
+def test_a_whole_number_is_as_good_as_another(broken: Path) -> None:
+    configure(broken, "text_encoder", layer_norm_eps=1)
+    load(broken)
+
+
+def test_json_longer_than_any_is_refused_unread(broken: Path) -> None:
+    os.truncate(broken / "unet" / "config.json", 2**40)
+    assert "unet/config.json" in refusal(broken)
+
+
 def test_a_very_long_value_is_not_printed_whole(broken: Path) -> None:
     configure(broken, "scheduler", trained_betas=[0.001 * n for n in range(1000)])
     assert "trained_betas" in refusal(broken)
@@ -291,6 +342,9 @@ def test_a_missing_tokenizer_is_refused_by_its_folder(file: str, broken: Path) -
         ("tokenizer_config.json", "{"),
         ("tokenizer_config.json", "[]"),
         ("tokenizer.json", "{}"),
+        ("special_tokens_map.json", '{"bos_token": "<|endoftext|>", "pad_token": null}'),
+        ("vocab.json", "{}"),
+        ("vocab.json", '{"a</w>": 0}'),
     ],
 )
 def test_a_damaged_tokenizer_is_refused_by_its_folder(file: str, content: str, broken: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,12 @@ from folders import (
     alone,
     as_single_file,
     edit,
+    latents,
     load,
     refusal,
     shard,
 )
+from PIL import Image
 from safetensors.torch import load_file
 from single_file import (
     write_raw,
@@ -33,6 +36,8 @@ from torch import Tensor
 
 import minpaint
 from minpaint.checkpoint import hub
+from minpaint.checkpoint.tensorfile import piece_buffer, read_directory, read_into
+from minpaint.painter import open_painter
 from weights.random_checkpoint import write_checkpoint
 
 # ---- bad weights ----
@@ -95,6 +100,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shape that does not fill its bytes": (_raw({"a": _tensor(0, 8, [3])}), "damaged"),
     "a negative shape": (_raw({"a": _tensor(0, 8, [-1, -2])}), "damaged"),
     "a shape beyond numbers": (_raw({"a": _tensor(0, 8, [2**40, 2**40])}), "damaged"),
+    "a tensor without a number": (_raw({"a": _tensor(0, 8, [2]), "b": _tensor(8, 8, [0, 4])}), "1 (b)"),
+    "a header longer than any": (_raw({}, length=2**24 + 1), "16777217 bytes"),
     "an unknown kind": (_raw({"a": _tensor(0, 8, [1], "F1000")}), "damaged"),
     "a tensor without a kind": (_raw({"a": {"shape": [2], "data_offsets": [0, 8]}}), "damaged"),
 }
@@ -273,6 +280,82 @@ def test_weights_of_another_model_are_refused(broken: Path, checkpoint: Folders)
     message = refusal(broken)
     assert message.startswith("unet (diffusion_pytorch_model.safetensors)")
     assert "misshapen" in message
+
+
+@pytest.mark.parametrize("name", [FILES["unet"], "unet/config.json"])
+def test_a_pipe_is_not_waited_for(name: str, broken: Path) -> None:
+    (broken / name).unlink()
+    os.mkfifo(broken / name)
+    assert Path(name).parent.name in refusal(broken)
+
+
+# ---- files that change while they are in use ----
+
+
+def _replace(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    other.replace(path)
+
+
+def _rewrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(bytes(64))
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "replaced by its like": _replace,
+    "written to": _rewrite,
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "made longer": lambda path: os.truncate(path, path.stat().st_size + 1),
+    "deleted": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])  # as they lie in the mapped file, and converted
+def test_a_file_that_changed_since_its_header_was_read_is_not_read(
+    dtype: str, change: str, broken: Path, picture: Image.Image, mask: Image.Image
+) -> None:
+    path = broken / FILES["unet"]
+    edit(path, lambda tensors: None)  # a file of its own
+    painter = open_painter(broken, "cpu", dtype, None, None)  # which loads weights when they are needed
+    CHANGES[change](path)
+    with pytest.raises(minpaint.CheckpointError, match=re.escape(str(path))) as caught:
+        painter(picture, mask, "two dogs", steps=1)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("change", ["written to", "deleted"])
+def test_weights_that_were_written_to_while_they_are_resident_are_not_painted_with(
+    change: str, broken: Path, picture: Image.Image, mask: Image.Image
+) -> None:
+    path = broken / FILES["unet"]
+    edit(path, lambda tensors: None)
+    painter = load(broken)
+    expected = latents(painter, picture, mask)
+    CHANGES[change](path)
+    if change == "deleted":  # its content stays for whoever has mapped it
+        assert torch.equal(latents(painter, picture, mask), expected)
+        return
+    with pytest.raises(minpaint.CheckpointError, match=re.escape(str(path))):
+        latents(painter, picture, mask)
+
+
+@pytest.mark.parametrize("change", ["replaced by its like", "written to", "deleted"])
+def test_a_file_that_changes_between_two_of_its_streamed_weights_is_not_mixed(change: str, broken: Path) -> None:
+    path = broken / FILES["unet"]
+    edit(path, lambda tensors: None)
+    first, second, *_ = read_directory(path).values()
+    for stored in (first, second):
+        target, buffer = torch.empty(stored.shape), piece_buffer([stored], torch.float32)
+        if stored is first:
+            read_into(stored, target, buffer)
+            CHANGES[change](path)
+        else:
+            with pytest.raises(minpaint.CheckpointError, match=re.escape(str(path))):
+                read_into(stored, target, buffer)
 
 
 # ---- bad indices ----

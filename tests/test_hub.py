@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
@@ -23,12 +24,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import tiny_hub as tiny_hub_module
 import torch
 from conftest import largest_level_difference, make_mask, make_picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_file import write_single_file
-from tiny_hub import FIRST, NAME, SECOND, Files, TinyHub, sha256
+from tiny_hub import FIRST, NAME, SECOND, Fault, Files, TinyHub, sha256
 
 import minpaint
 from minpaint.checkpoint import hub
@@ -428,6 +430,57 @@ def test_a_download_that_breaks_off_leaves_nothing_that_is_used(tiny_hub: TinyHu
     again = set(tiny_hub.fetched())  # files are fetched several at a time, and PLAIN[2] may have come before
     assert PLAIN[1] in again
     assert again <= {PLAIN[1], PLAIN[2]}
+
+
+# ---- a hub, or a network before it, that misbehaves ----
+
+PLACES = {
+    "model": f"/api/models/{NAME}",
+    "tree": f"/api/models/{NAME}/tree",
+    "small file": f"/{NAME}/resolve/{FIRST}/vae/config.json",
+    "weights": f"/cdn/{sha256(FAKE_PLAIN[PLAIN[1]])}",
+}
+FAULTS: dict[str, Fault] = {
+    "stall": tiny_hub_module.stall,
+    "stall halfway": tiny_hub_module.stall_halfway,
+    "reset": tiny_hub_module.reset,
+    "too little": tiny_hub_module.too_little,
+    "too much": tiny_hub_module.too_much,
+    "a web page": tiny_hub_module.web_page,
+    "other content": tiny_hub_module.other_content,
+    "redirect to a file": tiny_hub_module.redirect("file:///etc/passwd"),
+    "redirect to nowhere": tiny_hub_module.redirect("http://127.0.0.1:1/nothing"),
+    "redirect in a circle": lambda handler, *_: tiny_hub_module.redirect(handler.path)(handler, b"", {}),
+    **{str(code): tiny_hub_module.status(code) for code in (401, 403, 404, 500, 503)},
+    "429": tiny_hub_module.status(429, Retry_After="3600"),
+    "429 of a kind": tiny_hub_module.status(429, RateLimit='"api";r=0;t=290'),
+}
+FAST = {("model", "stall"), ("weights", "other content"), ("weights", "429"), ("tree", "403")}
+ALL = [(place, fault) for place in PLACES for fault in FAULTS if (place, fault) != ("small file", "other content")]
+
+
+@pytest.mark.parametrize(
+    ("place", "fault"),
+    [pytest.param(*pair, marks=[] if pair in FAST else [pytest.mark.slow], id=" ".join(pair)) for pair in ALL],
+)
+def test_a_fault_of_the_hub_is_one_line_in_bounded_time_and_the_next_run_heals_it(
+    tiny_hub: TinyHub, user: User, tmp_path: Path, place: str, fault: str
+) -> None:
+    tiny_hub.publish(FAKE_PLAIN)
+    tiny_hub.faults[PLACES[place]] = FAULTS[fault]
+    started = time.monotonic()
+    limits = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_VERBOSITY": "error"}
+    line = user.refused(NAME, tmp_path / "run", **limits)
+    assert time.monotonic() - started < 60
+    assert NAME in line
+    assert len(line) < 600
+    if fault.startswith("429"):
+        assert "wait some minutes" in line
+    with pytest.raises(CheckpointError):
+        user.fetch(NAME, HF_HUB_OFFLINE="1")  # nothing passes for complete
+
+    tiny_hub.faults.clear()
+    assert _read(user.run(hub.fetch, NAME, None, False)) == FAKE_PLAIN
 
 
 # ---- the catalogue and its checksums ----

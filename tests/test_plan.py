@@ -19,7 +19,7 @@ from minpaint.checkpoint.configs import text_config, unet_config, vae_config
 from minpaint.checkpoint.load import outline
 from minpaint.checkpoint.tensorfile import Stored
 from minpaint.cli.main import main
-from minpaint.engine.budget import choose_budget, used_memory
+from minpaint.engine.budget import choose_budget, format_size, used_memory
 from minpaint.engine.calls import Request
 from minpaint.engine.measure import measure
 from minpaint.engine.plan import PHASES, Plan, Planner
@@ -187,6 +187,34 @@ def test_plan_prints_a_table_or_json(checkpoint: Folders, capsys: pytest.Capture
     assert max(phase["peak"] for phase in report["phases"]) == report["peak"]
     assert report["smallest_budget"] <= report["peak"]
     assert report["largest_picture"][0] >= 104
+
+
+def test_each_row_of_the_table_adds_up_to_its_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("cpu", "cuda"):
+        assert main(["plan", "--device", device, "--budget", "700MiB"]) == 0
+        head, *rows = capsys.readouterr().out.split("\n\n")[1].splitlines()
+        assert head.split() == ["MiB", "base", "weights", "others", "activations", "rest", "peak", "how"]
+        assert len(rows) == len(PHASES)
+        for row in rows:
+            *parts, peak = map(int, row.split()[1:7])
+            assert sum(parts) == peak
+            assert min(parts) >= 0
+            assert not re.search("KiB|GiB|bytes", row)
+
+
+def test_sizes_are_in_the_largest_unit_of_which_there_is_one() -> None:
+    sizes = {0: "0 bytes", 1023: "1023 bytes", 1536: "1.5 KiB", 2**20 - 1: "1 MiB", 700 * 2**20: "700 MiB"}
+    sizes |= {2**30 - 2**18: "1 GiB", 2**30 - 2**20: "1023 MiB", 15 * GIB: "15 GiB", 2**50: "1024 TiB"}
+    assert {size: format_size(size) for size in sizes} == sizes
+
+
+def test_on_a_small_machine_the_budget_is_what_is_free() -> None:
+    cpu, free = torch.device("cpu"), 300 * 2**20
+    used = used_memory(cpu)
+    assert abs(choose_budget(None, cpu, free) - used - free) < 2**22
+    with pytest.warns(MinpaintWarning, match=r"^budget 15 GiB is more than cpu has free; keeping to "):
+        assert choose_budget("15GiB", cpu, free) < used + free + 2**22
+    assert choose_budget("100MiB", cpu, free) == 100 * 2**20
 
 
 def test_plan_refuses_what_does_not_fit(checkpoint: Folders, capsys: pytest.CaptureFixture[str]) -> None:

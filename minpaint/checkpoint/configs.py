@@ -130,7 +130,7 @@ TEXT_FIELDS = {
 # `steps_offset` or `skip_prk_steps` gets what the reference's pipeline puts there, 1 and true
 # (pipeline_stable_diffusion_inpaint.py, __init__); a value that the file states is kept.
 SCHEDULER_FIELDS = {
-    "train_steps": _count("num_train_timesteps", 1000),
+    "train_steps": _count("num_train_timesteps", 1000, most=2 * WIDTH),
     "beta_start": _number("beta_start", 0.0001, limit=1),
     "beta_end": _number("beta_end", 0.02, limit=1),
     "beta_schedule": _choice("beta_schedule", "linear", "linear", "scaled_linear"),

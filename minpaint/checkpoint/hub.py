@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minpaint.checkpoint.configs import FILES as CONFIGS
-from minpaint.checkpoint.tensorfile import read_index, some
+from minpaint.checkpoint.tensorfile import read_index
 from minpaint.checkpoint.tokenizer import TOKENIZER_FILES, VOCABULARY, is_tokenizer
 from minpaint.errors import CheckpointError
 
@@ -119,7 +119,7 @@ def verify(path: Path, digest: str) -> None:
     found = sha256(path)
     if found != digest:
         raise CheckpointError(
-            f"{path}: differs from the published file (SHA-256 {found[:12]}..., expected "
+            f"{path.parent.name}/{path.name}: differs from the published file (SHA-256 {found[:12]}..., expected "
             f"{digest[:12]}...); delete {path.resolve()} and fetch it again"
         )
     _remember(note, [found])
@@ -245,7 +245,8 @@ def _get(repository: str, revision: str | None, names: Sequence[str]) -> Path:
         if told is None:
             cached = [try_to_load_from_cache(repository, name, revision=revision) for name in names]
             absent = [name for name, path in zip(names, cached, strict=True) if not isinstance(path, str)]
-            told = f"{some(absent)} cannot be fetched ({type(error).__name__}: {error}); try again online"
+            shown = ", ".join(absent[:3]) + ", ..." * (len(absent) > 3)
+            told = f"{shown} cannot be fetched ({type(error).__name__}: {error}); try again online"
         raise CheckpointError(f"{repository}: {told}") from None
     for name in names:
         blob = (folder / name).resolve()
@@ -264,10 +265,8 @@ def _limit_waiting() -> None:
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
     def limit(request: Any) -> None:
-        given = request.extensions.get("timeout", {})
-        request.extensions["timeout"] = {
-            each: given.get(each) or LIMIT for each in ("connect", "read", "write", "pool")
-        }
+        if not request.extensions.get("timeout", {}).get("read"):
+            request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), LIMIT)
 
     def refuse_wait(response: Any) -> None:
         headers = response.headers
@@ -282,7 +281,7 @@ def _limit_waiting() -> None:
 
 def _refusal(error: Exception) -> str | None:
     """What a refusal of the hub means, and the way out; None if the trouble is another."""
-    causes = (error, error.__cause__)
-    keys = [type(cause).__name__ for cause in causes]
-    statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
-    return next((REFUSALS[key] for key in (*keys, *statuses) if key in REFUSALS), None)
+    keys: list[object] = []
+    for cause in (error, error.__cause__):
+        keys += [type(cause).__name__, getattr(getattr(cause, "response", None), "status_code", None)]
+    return next((REFUSALS[key] for key in keys if key in REFUSALS), None)

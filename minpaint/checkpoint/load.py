@@ -28,6 +28,7 @@ from minpaint.checkpoint.tensorfile import (
     read_directory,
     read_shards,
     read_tensors,
+    refuse_changed,
     some,
 )
 from minpaint.checkpoint.tokenizer import load_tokenizer
@@ -67,8 +68,15 @@ class Checkpoint:
     @property
     def files(self) -> tuple[Path, ...]:
         """Where the weights are."""
+        return tuple(self._versions())
+
+    def refuse_changed(self) -> None:
+        """CheckpointError if a file was written to since it was described: weights mapped from it are others now."""
+        refuse_changed(self._versions())
+
+    def _versions(self) -> dict[Path, tuple[int, ...]]:
         parts = self.architecture.directories
-        return tuple(dict.fromkeys(stored.file for part in FILE_ORDER for stored in parts[part].values()))
+        return {stored.file: stored.version for part in FILE_ORDER for stored in parts[part].values()}
 
 
 def load_checkpoint(model: str | Path, config: str | Path | None = None) -> Checkpoint:

@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -111,7 +111,7 @@ def read_directory(path: Path) -> dict[str, Stored]:
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file; CheckpointError if there is none."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(f"{name} is missing in {path.parent}")
     with _open(path) as file:
         text = file.read(LONGEST + 1)
@@ -235,18 +235,25 @@ def _open(path: Path, version: tuple[int, ...] = ()) -> Iterator[BinaryIO]:
         with path.open("rb", buffering=0) as file:
             version = version or _version(file.fileno())
             yield file
-            if _version(path) != version:
-                raise CheckpointError(f"{path}: was changed while it was in use; start again")
+            refuse_changed({path: version})
     except CheckpointError:  # which is a ValueError too
         raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
+def refuse_changed(files: Mapping[Path, tuple[int, ...]]) -> None:
+    """CheckpointError if a file is not what it was at the `version` given: weights mapped from it are others now."""
+    for path, version in files.items():
+        with suppress(OSError):  # a file that was deleted is still there for whoever has mapped it
+            if version and _version(path) != version:
+                raise CheckpointError(f"{path}: was changed while it was in use; start again")
+
+
 def _version(file: Path | int) -> tuple[int, ...]:
-    """What differs once a file is replaced (device and number) or written to (size and time)."""
+    """What differs once a file is replaced or written to. Its number may differ on network file systems anyway."""
     state = os.stat(file)
-    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+    return state.st_size, state.st_mtime_ns
 
 
 def _refuse_disguise(path: Path, start: bytes) -> None:

@@ -50,17 +50,17 @@ def format_size(size: float) -> str:
     return f"{max(size / 1024**power, min(power, 1)):.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
-def choose_budget(budget: str | int | float | None, device: torch.device) -> int:
+def choose_budget(budget: str | int | float | None, device: torch.device, free: int | None = None) -> int:
     """The budget in bytes, or what the device has if that is less; a warning says when a given budget is cut.
 
     The default comes on top of what the process uses already. For a device that this machine lacks,
-    any budget is taken as it is.
+    any budget is taken as it is. free: bytes that are free; None asks the system.
     """
     wanted = parse_budget(budget)
     if not is_present(device):
         return wanted
     used = used_memory(device)
-    available = used + free_memory(device)
+    available = used + (free_memory(device) if free is None else free)
     if budget is None:
         wanted += used
     elif wanted > available:
@@ -149,7 +149,7 @@ def tune_heap(device: torch.device, keep: bool | None) -> None:
 @contextmanager
 def capped(device: torch.device, budget: int) -> Iterator[None]:
     """Have CUDA's allocator refuse to go beyond a budget in bytes; on other devices nothing does."""
-    if device.type != "cuda" or not is_present(device):
+    if device.type != "cuda":
         yield
         return
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -172,6 +172,7 @@ class Run:
         tune_heap(self.device, None)
         if kind is None:
             self._check_steps()
+            self.engine.checkpoint.refuse_changed()
 
     @property
     def measured(self) -> int:
@@ -210,7 +211,7 @@ class Run:
         return output
 
     def _check_steps(self) -> None:
-        """Raise if an output of the UNet was not finite; asks a GPU once for all steps, as each answer is waited for."""
+        """Raise if an output of the UNet was not finite; asks a GPU once for all steps, as it waits for each answer."""
         if self.unchecked and not bool(torch.stack([finite for finite, _ in self.unchecked]).all()):
             for finite, t in self.unchecked:
                 _check(finite, "UNet", self.engine.dtype, f" at timestep {int(t[0])}")
@@ -272,7 +273,7 @@ class Run:
         return self.calls.on_gpu and special
 
     def _make_plain(self, name: str, fault: str) -> None:
-        """Plan without what has failed; MinpaintError if that is plain already, and the budget too small for plainer."""
+        """Plan without what has failed; MinpaintError if nothing plainer fits the budget."""
         streamed, fault = self.plan.phases[name].split is not None, fault[:200]
         if self.engine.plain:
             need = "streaming the weights, which this budget needs,"

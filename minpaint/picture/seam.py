@@ -34,7 +34,7 @@ def match_colour(painted: Tensor, original: Tensor, kept: Tensor) -> Tensor:
     shift = difference.clamp(-SHIFT, SHIFT)
     difference -= shift
     wrong = membrane(shift, kept)
-    del original, shift  # of a large picture they take much memory
+    del shift  # of a large picture it takes much memory
     return painted - wrong.add_(membrane(difference, kept, FADE))[0]
 
 

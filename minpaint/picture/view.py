@@ -85,7 +85,6 @@ class View:
             original = to_pixels(part.crop(box))[0].to(painted)
             here = painted[0, :, top:bottom, left:right]  # shares its memory: copying into it changes `painted`
             here.copy_(match_colour(here, original, ~free.to(painted.device)))
-            del original
         shown = to_image(painted[0]).convert(picture.mode.rstrip("A"))
         if picture.mode.endswith("A"):
             shown.putalpha(part.getchannel("A"))
