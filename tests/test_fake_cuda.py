@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -181,10 +182,11 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     add_device_guards()
     watch, read, check = Watch(), NetworkWeights._read, NetworkWeights.check
     real = [(Painter, "_job"), (View, "canvas"), (Canvas, "filled"), (NetworkWeights, "put_on_meta")]
-    for owner, name in [*real, (Planner, "choose"), (Planner, "phase"), (Planner, "least")]:
+    for owner, name in [*real, (Planner, "_measure"), (Planner, "order")]:
         monkeypatch.setattr(owner, name, unfaked(getattr(owner, name)))
     monkeypatch.setattr(View, "finish", finish)
     monkeypatch.setattr(ReferenceView, "finish", finish)
+    monkeypatch.setattr(ReferenceView, "complete", unfaked(ReferenceView.complete))
     monkeypatch.setattr(NetworkWeights, "convert", convert)
     monkeypatch.setattr(minpaint.painter, "seam_error", lambda *_: 0.0)
     monkeypatch.setattr(NetworkWeights, "_read", lambda *args: iter(unfaked(list)(read(*args))))
@@ -193,6 +195,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
         NetworkWeights, "check", lambda *args: None if isinstance(args[2], FakeTensor) else check(*args)
     )
     monkeypatch.setattr(minpaint.engine.calls, "GraphReplay", lambda function, device: function)
+    monkeypatch.setattr(minpaint.engine.run, "capped", lambda *_: nullcontext())  # asks the driver
     for name, sampler in list(SAMPLERS.items()):
         monkeypatch.setitem(SAMPLERS, name, watch.loop(sampler))
     with warnings.catch_warnings():
@@ -271,32 +274,32 @@ def warnings_of(*args: Any, **kwargs: Any) -> list[str]:
     return [str(warning.message) for warning in told if isinstance(warning.message, MinpaintWarning)]
 
 
-def with_warm_up(painter: Painter) -> None:
-    """Let a checkpoint ask for pndm with its Runge-Kutta warm-up."""
-    config = painter.scheduler_config
-    painter.scheduler_config = replace(config, class_name="PNDMScheduler", skip_prk_steps=False)
-
-
-FAMILIES = [
-    "small-sd1",
-    pytest.param("small-sd1-4ch", marks=pytest.mark.slow),
-    pytest.param("small-v", marks=pytest.mark.slow),
+OPTIONS: list[dict[str, Any]] = [
+    {"sampler": "ddim", "eta": 0.5, "strength": 0.7, "steps": 3},
+    {"sampler": "pndm", "steps": 2, "count": 2},
+    {"sampler": "dpmpp", "steps": 2, "guidance": 1.0},
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 def test_no_sampler_waits_for_the_gpu_or_leaves_it(
-    checkpoint: Folders, watch: Watch, picture: Image.Image, mask: Image.Image, family: str
+    checkpoint: Folders, watch: Watch, picture: Image.Image, mask: Image.Image
 ) -> None:
-    """UNets with nine and with four channels, noise and v."""
-    painter = open_fake(watch, checkpoint(family))
-    for options in (
-        {"sampler": "ddim", "eta": 0.5, "strength": 0.7, "steps": 3},
-        {"sampler": "pndm", "steps": 2},
-        {"sampler": "dpmpp", "steps": 2, "guidance": 1.0},
-    ):
+    painter = open_fake(watch, checkpoint("small-sd1"))
+    for options in OPTIONS:
         paint(watch, painter, picture, mask, **options)
-    with_warm_up(painter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "dtype"), [("small-sd1-4ch", torch.bfloat16), ("small-v", torch.float32)])
+def test_other_checkpoints_stay_on_the_gpu_too(
+    checkpoint: Folders, watch: Watch, picture: Image.Image, mask: Image.Image, family: str, dtype: torch.dtype
+) -> None:
+    """A UNet with four channels, one that predicts v, and a schedule with Runge-Kutta steps at its beginning."""
+    painter = open_fake(watch, checkpoint(family), dtype)
+    for options in OPTIONS:
+        paint(watch, painter, picture, mask, **options)
+    config = painter.scheduler_config
+    painter.scheduler_config = replace(config, class_name="PNDMScheduler", skip_prk_steps=False)
     [painting] = paint(watch, painter, picture, mask, steps=5)
     assert painting.steps > 5
 
@@ -318,28 +321,30 @@ def kinds(painter: Painter) -> set[str]:
     return found
 
 
-EVERY = {"1 rows", "2 rows", "bands", "slices", "offloaded"}
-NUMBERS = {  # of the ways to be tried, and what they then were
-    "leanest": ([8], False, {"1 rows", "bands", "slices", "text streamed", "denoise streamed"}),
-    "plain": (range(9), False, {"text streamed", "denoise streamed", *EVERY}),
-    "fast": (range(15), True, {"text streamed", "denoise streamed", "fast", "fused", *EVERY}),
+EVERY = {"1 rows", "2 rows", "bands", "slices", "offloaded", "denoise streamed"}
+# side of the picture, numbers of the ways to be tried, dtype, with fast ones, and what the plans then had
+PLANS: dict[str, Any] = {
+    "leanest": (96, [-1], torch.float16, False, EVERY - {"2 rows"}),
+    "plain": (64, [0, 1, 2, 4, 7, -1], torch.float32, False, EVERY | {"text streamed"}),
+    "fast": (64, [0, 1, 4, 7, 10], torch.float16, True, {"fast", "fused", "slices", "denoise streamed"}),
 }
 
 
 @pytest.mark.parametrize(
-    "which", ["leanest", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "fast"))]
+    "which", ["leanest", *(pytest.param(each, marks=pytest.mark.slow) for each in ("plain", "fast"))]
 )
 def test_every_plan_stays_on_the_gpu(checkpoint: Folders, watch: Watch, which: str) -> None:
-    """From the fastest to the leanest, every second one with streamed weights."""
-    numbers, fast, expected = NUMBERS[which]
-    painter, seen = open_fake(watch, checkpoint("small-sd2"), fast=fast), set[str]()
-    for number in numbers:
-        choose(painter, number, streamed=number % 2 == 0)
-        paint(watch, painter, make_picture(96, 96), make_mask(96, 96), steps=1, sampler="ddim")
+    """From the fastest to the leanest, in turns with resident and with streamed weights."""
+    side, numbers, dtype, fast, expected = PLANS[which]
+    painter, seen = open_fake(watch, checkpoint("small-sd2"), dtype, fast=fast), set[str]()
+    for turn, number in enumerate(numbers):
+        choose(painter, number, streamed=number == -1 or turn % 2 == 1)
+        paint(watch, painter, make_picture(side, side), make_mask(side, side), steps=1, sampler="ddim")
         seen |= kinds(painter)
     assert seen >= expected
 
 
+@pytest.mark.slow
 def test_resident_networks_and_parts_painted_one_by_one_stay_on_the_gpu(checkpoint: Folders, watch: Watch) -> None:
     picture, mask = make_picture(192, 64), Image.new("L", (192, 64))
     mask.paste(255, (8, 8, 24, 24))
@@ -351,6 +356,7 @@ def test_resident_networks_and_parts_painted_one_by_one_stay_on_the_gpu(checkpoi
     assert "resident" in kinds(painter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
 def test_a_half_of_the_vae_that_overflows_is_done_again_in_float32(
     checkpoint: Folders, watch: Watch, picture: Image.Image, mask: Image.Image, half: str
@@ -375,6 +381,7 @@ def test_the_fast_ways_stay_on_the_gpu(
     assert kinds(painter) >= {"fast", "fused", "resident"}
 
 
+@pytest.mark.slow
 def test_without_being_asked_for_nothing_fast_is_used(
     checkpoint: Folders, watch: Watch, picture: Image.Image, mask: Image.Image
 ) -> None:
@@ -386,7 +393,7 @@ def test_without_being_asked_for_nothing_fast_is_used(
         assert not painter.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr, operator]
 
 
-@pytest.mark.parametrize("kind", ["cuda", "mps"])
+@pytest.mark.parametrize("kind", [pytest.param("cuda", marks=pytest.mark.slow), "mps"])
 def test_only_where_there_is_float64_bands_are_merged_in_it(
     checkpoint: Folders, watch: Watch, picture: Image.Image, mask: Image.Image, kind: str
 ) -> None:
@@ -476,6 +483,7 @@ def _weights_in_float32(monkeypatch: pytest.MonkeyPatch, painter: Painter) -> No
     painter.engine.weights["unet"].dtype = torch.float32
 
 
+QUICK = ("latents on the CPU", ".item() in every step")  # one of each kind for the fast lane
 FAULTS: dict[str, tuple[Any, Any]] = {
     "latents on the CPU": (_latents_on_the_cpu, FakeTensorDeviceMismatchError),
     "timesteps on the CPU": (_timesteps_on_the_cpu, AssertionError),
@@ -494,7 +502,9 @@ FAULTS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAULTS]
+)
 def test_a_planted_fault_is_found(
     checkpoint: Folders,
     watch: Watch,
@@ -545,6 +555,7 @@ def broken_buffer(*_: object, **__: object) -> Buffer:
     raise RuntimeError("no such stream")
 
 
+@pytest.mark.slow
 def test_where_copies_beside_the_computing_fail_they_are_made_between_it(
     checkpoint: Folders, watch: Watch, picture: Image.Image, mask: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -555,6 +566,7 @@ def test_where_copies_beside_the_computing_fail_they_are_made_between_it(
     assert "denoise streamed" in kinds(painter)
 
 
+@pytest.mark.slow
 def test_where_no_copy_works_and_the_budget_needs_them_the_error_says_so(
     checkpoint: Folders, watch: Watch, picture: Image.Image, mask: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -564,6 +576,7 @@ def test_where_no_copy_works_and_the_budget_needs_them_the_error_says_so(
         warnings_of(watch, painter, picture, mask, steps=2, sampler="ddim")
 
 
+@pytest.mark.slow
 def test_an_ordinary_fault_is_not_taken_for_one_of_the_fast_ways(
     checkpoint: Folders, watch: Watch, picture: Image.Image, mask: Image.Image
 ) -> None:
