@@ -49,7 +49,10 @@ def set_attention_slices(model: nn.Module, rows: int | None) -> None:
 
 def sliced_attend(rows: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """models.attention.attend for `rows` query tokens at a time; a row of the result depends on one query alone."""
-    slices = [attend(part, k, v) for part in torch.split(q, rows, dim=2)]
+    parts = torch.split(q, rows, dim=2)
+    if q.is_meta and len(parts) > 1:  # one beside the others' results takes the memory that all take
+        return torch.cat([torch.empty_like(q[:, :, rows:]), attend(parts[0], k, v)], dim=2)
+    slices = [attend(part, k, v) for part in parts]
     return slices[0] if len(slices) == 1 else torch.cat(slices, dim=2)
 
 
