@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from minpaint.engine.budget import format_size, release_cached
-from minpaint.engine.device import choose_device, choose_dtype
+from minpaint.engine.device import GPUS, choose_device, choose_dtype, gpu_module
 from weights.random_checkpoint import FAMILIES, write_checkpoint
 
 RESULTS = Path(os.environ.get("MINPAINT_RESULTS") or Path(__file__).parent / "results")
@@ -84,8 +84,15 @@ def native_size(family: str) -> int:
 
 
 def write_model(folder: Path, family: str, half: bool = True) -> Path:
-    """A checkpoint of random weights; in half precision, as the official files are, or in float32."""
+    """A checkpoint of random weights; in half precision, as the official files are, or in float32.
+
+    If $MINPAINT_MODELS names a folder, it is kept there for the next program, and `folder` is left empty.
+    """
     dtype, variant = (torch.float16, "fp16") if half else (torch.float32, None)
+    if kept := os.environ.get("MINPAINT_MODELS"):
+        folder = Path(kept) / f"{family}-{variant}"
+        if (folder / "model_index.json").exists():  # which is written last
+            return folder
     return write_checkpoint(folder, FAMILIES[family], dtype=dtype, variant=variant)
 
 
@@ -105,8 +112,10 @@ def load_pipe(folder: Path, dtype: torch.dtype, half: bool = True) -> Any:
 
 
 def make_input(size: int) -> tuple[Image.Image, Image.Image]:
-    """A square picture of noise, and a mask with a disc in its middle."""
-    image, mask = Image.effect_noise((size, size), 60).convert("RGB"), Image.new("L", (size, size))
+    """A square picture of noise, always the same, and a mask with a disc in its middle."""
+    noise = 128 + 60 * torch.randn(size * size, generator=torch.Generator().manual_seed(size))
+    image = Image.frombytes("L", (size, size), bytes(noise.clamp(0, 255).byte().tolist())).convert("RGB")
+    mask = Image.new("L", (size, size))
     ImageDraw.Draw(mask).ellipse((size // 4, size // 4, size * 3 // 4, size * 3 // 4), fill=255)
     return image, mask
 
@@ -159,8 +168,9 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 def wait_for_gpu() -> None:
     """A GPU computes while the program goes on; a clock is read when it has finished."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    for kind in GPUS:
+        if (gpu := gpu_module(torch.device(kind))) is not None:
+            gpu.synchronize()
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -275,6 +285,7 @@ def measure_families(
         with tempfile.TemporaryDirectory() as folder:
             for row in measure(write_model(Path(folder), family), family):
                 rows.append(row)
+                keep(row)
                 print(*lines(row), sep="\n", file=sys.stderr, flush=True)
     print(HEADER, *(line for row in rows for line in lines(row)), sep="\n")
     return rows
@@ -285,6 +296,13 @@ def machine() -> dict[str, str]:
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     described = f"{platform.machine()}, {os.cpu_count()} cores{gpu}"
     return {"date": time.strftime("%Y-%m-%d"), "machine": described, "torch": torch.__version__}
+
+
+def keep(row: dict[str, Any]) -> None:
+    """Write a row at once to the file that $MINPAINT_ROWS names, if any: nothing is lost if a program is stopped."""
+    if name := os.environ.get("MINPAINT_ROWS"):
+        with Path(name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def append(name: str, figures: dict[str, Any]) -> None:

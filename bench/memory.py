@@ -111,6 +111,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default=None, help="default: bf16 on the CPU, fp16 on a GPU")
     parser.add_argument("--budgets", default=None, help=f"default: {BUDGETS}")
+    help_modes = f"of diffusers; default: {','.join(MODES)} on a GPU, {','.join(ON_CPU)} on the CPU"
+    parser.add_argument("--modes", type=common.names(MODES), default=None, help=help_modes)
     parser.add_argument("--row", default=None, help="run one row and print its figures (for this program's own use)")
     parser.add_argument("--folder", type=Path, default=None, help="where the checkpoint is, for --row")
     options = parser.parse_args()
@@ -125,7 +127,10 @@ def main() -> None:
         folder = common.write_model(Path(name), options.family)
         if on_gpu:
             measure(UNLIMITED, folder, options)  # a warm-up
-        rows = [measure(row, folder, options) for row in (UNLIMITED, ONCE, *budgets, *(MODES if on_gpu else ON_CPU))]
+        rows = []
+        for row in (UNLIMITED, ONCE, *budgets, *(options.modes or (MODES if on_gpu else ON_CPU))):
+            rows.append(measure(row, folder, options))
+            common.keep({name: value for name, value in rows[-1].items() if name != "latents"})
 
     first = next(row for row in rows if "error" not in row)
     reference = torch.tensor(first["latents"])

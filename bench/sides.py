@@ -39,7 +39,7 @@ class Case:
 
     @property
     def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
+        return self.device.type != "cpu"
 
 
 @dataclass(frozen=True)

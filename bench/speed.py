@@ -55,7 +55,7 @@ from weights.random_checkpoint import FAMILIES
 NETWORKS = ("encode", "step", "decode")
 ROWS = (*NETWORKS, "run")
 CAPTURE = 3  # calls until CUDA graphs are only replayed: a warm-up, the capture, a replay
-COMPILED = "diffusers compiled"
+FAST, COMPILED = "minpaint --fast", "diffusers compiled"
 RUN_STEPS = 6  # of a run on the CPU
 DEFAULTS: dict[str, tuple[Any, Any]] = {  # of options: on a GPU, on the CPU
     "batches": ([1, 4], [1]),
@@ -208,11 +208,14 @@ def measure_family(options: argparse.Namespace, folder: Path, family: str) -> It
     architecture, pipe = outline(folder, half=True), load_pipe(folder, device, dtype)
     everything = used_memory(device) + free_memory(device) * 15 // 16
     painter = minpaint.load(folder, device, dtype, everything)
+    fast = minpaint.load(folder, device, dtype, everything, fast=True) if options.fast else None
     # the few steps of a run stand for as many as were asked for
     painter.engine.thresholds = Thresholds(cached_steps=0)
     for case in cases:
         inputs, flops = make_inputs(architecture, case), count_flops(architecture, case, options.steps)
         contestants: dict[str, Any] = {OURS: Ours(painter, inputs, case), THEIRS: Theirs(pipe, inputs, case)}
+        if fast is not None:
+            contestants[FAST] = Ours(fast, inputs, case)
         if options.compiled:
             contestants[COMPILED] = Theirs(pipe, inputs, case, compiled=True)
         for row in options.rows:
@@ -239,6 +242,7 @@ def parse_options() -> argparse.Namespace:
     add("--warm", type=int, default=1, help="untimed calls before those; default: 1")
     add("--device", default="cpu")
     add("--dtype", default=None, help="default: fp16 on a GPU, fp32 on the CPU")
+    add("--fast", action="store_true", help="minpaint a second time, with the ways that --fast asks for on CUDA")
     help_compiled = "diffusers a second time, compiled; default: on a GPU"
     add("--compiled", action=argparse.BooleanOptionalAction, default=None, help=help_compiled)
     options = parser.parse_args()
