@@ -114,7 +114,7 @@ def test_a_large_photo_with_a_small_hole_is_charged_what_it_takes(tmp_path: Path
 @pytest.mark.slow
 def test_a_refusal_names_what_is_too_large(tmp_path: Path) -> None:
     paint = large_photo(tmp_path)
-    photo, network = run_each([[*paint, "--budget", budget] for budget in ("600MiB", "300MiB")])
+    photo, network = run_each([[*paint, "--budget", budget] for budget in ("500MiB", "300MiB")])
     assert "cannot hold the photo of 4000x3000 pixels with tiny" in photo["err"]
     assert "cannot hold a picture of 128x128, which the network sees of the 4000x3000 photo, with" in network["err"]
 
