@@ -136,6 +136,8 @@ def test_address_space_may_be_limited_to_the_plan(checkpoint: Callable[[str], Pa
     assert result["code"] == 0, result["err"]
 
 
+# It takes minutes, and how near the prediction comes there is not settled yet: what the heap keeps varies by a GiB.
+@pytest.mark.skipif(not os.environ.get("MINPAINT_FULL_SIZE"), reason="set MINPAINT_FULL_SIZE=1 to measure at full size")
 @pytest.mark.slow
 @pytest.mark.full_size
 @pytest.mark.parametrize(("dtype", "budgets"), [("bf16", (752, 1300, 15360)), ("fp32", (928, 1600, 15360))])
