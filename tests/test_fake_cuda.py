@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import largest_level_difference, make_mask, make_picture, relative_error
+from folders import edit
 from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError, FakeTensorMode
@@ -190,9 +191,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     monkeypatch.setattr(NetworkWeights, "convert", convert)
     monkeypatch.setattr(minpaint.painter, "seam_error", lambda *_: 0.0)
     monkeypatch.setattr(NetworkWeights, "_read", lambda *args: iter(unfaked(list)(read(*args))))
-    # whether weights are finite: the real ones of the thread that streams are looked at, others have no numbers
+    # whether weights are finite: the real ones, on the host, are looked at, and the others have no numbers
     monkeypatch.setattr(
-        NetworkWeights, "check", lambda *args: None if isinstance(args[2], FakeTensor) else check(*args)
+        NetworkWeights, "check", lambda *args: None if isinstance(args[2], FakeTensor) else unfaked(check)(*args)
     )
     monkeypatch.setattr(minpaint.engine.calls, "GraphReplay", lambda function, device: function)
     monkeypatch.setattr(minpaint.engine.run, "capped", lambda *_: nullcontext())  # asks the driver
@@ -403,6 +404,17 @@ def test_only_where_there_is_float64_bands_are_merged_in_it(
     paint(watch, painter, picture, mask, steps=1, sampler="ddim")
     assert "bands" in kinds(painter)
     assert ((kind, torch.float64) in watch.dtypes) == (kind != "mps")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["xpu", "mps"])
+def test_weights_are_looked_at_before_they_go_to_a_gpu_that_may_miss_a_nan(
+    broken: Path, watch: Watch, kind: str
+) -> None:
+    edit(broken / "unet" / "diffusion_pytorch_model.safetensors", lambda x: x["conv_in.bias"].fill_(torch.nan))
+    painter = open_fake(watch, broken, device=torch.device(kind, 0))
+    with pytest.raises(minpaint.CheckpointError, match=r"conv_in\.bias holds NaN"):
+        watch(painter.engine.keep_loaded)
 
 
 # Faults that the tests above must find -------------------------------------------------------------
