@@ -114,7 +114,7 @@ def make_schedule(
             timesteps.
     """
     if steps > config.train_steps:
-        raise InputError(f"steps {steps} is more than the {config.train_steps} of the training")
+        raise InputError(f"steps {steps} is more than the {config.train_steps} of the training; use fewer")
     if runge_kutta and steps < RUNGE_KUTTA_STEPS:
         raise InputError(
             f"steps {steps} is too few for this checkpoint's Runge-Kutta warm-up; use at least "

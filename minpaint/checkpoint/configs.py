@@ -217,7 +217,7 @@ def scheduler_config(source: Json) -> SchedulerConfig:
     """SchedulerConfig from the reference's JSON; CheckpointError names a key that is not supported."""
     class_name = source.get("_class_name")
     if not isinstance(class_name, str):
-        raise CheckpointError(f"{SCHEDULER}: _class_name is missing")
+        raise CheckpointError(f"{SCHEDULER}: _class_name is missing; fetch the file again")
     if class_name in SAMPLER_OF_CLASS:
         values = _read(SCHEDULER, source, SCHEDULER_FIELDS, SCHEDULER_FIXED)
     else:  # its other keys concern a sampler that is not here
@@ -247,7 +247,7 @@ def _read(file: str, source: Json, rows: Mapping[str, Row], fixed: Json, others:
     for field, (key, default, check, wanted) in rows.items():
         value = default if source.get(key) is None else source[key]
         if value is REQUIRED:
-            raise CheckpointError(f"{file}: {key} is missing")
+            raise CheckpointError(f"{file}: {key} is missing; fetch the file again")
         _check(value is None or check(value), file, key, value, wanted)
         values[field] = tuple(value) if isinstance(value, list) else value
     known = {key for key, *_ in rows.values()}

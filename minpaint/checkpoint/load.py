@@ -215,7 +215,7 @@ def _match(name: str, configs: Configs, parts: Mapping[str, Directory], tokenize
     if configs.unet.context_dim != configs.text.hidden_size:
         raise CheckpointError(
             f"unet/config.json: cross_attention_dim {configs.unet.context_dim} does not fit the text encoder's "
-            f"hidden_size {configs.text.hidden_size}"
+            f"hidden_size {configs.text.hidden_size}; take both from one checkpoint"
         )
     matched = {component: _match_component(component, parts[component], model) for component, model in models.items()}
     architecture = Architecture(name, configs.unet, configs.vae, configs.text, split_vae(matched))
@@ -228,7 +228,9 @@ def _match_component(component: str, directory: Directory, model: nn.Module) -> 
     for key, entry in directory.items():
         name = _common_name(component, key)
         if name in stored:
-            raise CheckpointError(f"{component} ({entry.file.name}): {name} is stored under two names")
+            raise CheckpointError(
+                f"{component} ({entry.file.name}): {name} is stored under two names; get another copy"
+            )
         if not name.endswith(POSITIONS):
             stored[name] = entry
     state = model.state_dict()
@@ -247,7 +249,9 @@ def _match_component(component: str, directory: Directory, model: nn.Module) -> 
     }
     if told := [f"{fault}: {some(names)}" for fault, names in faults.items() if names]:
         file = next(iter(stored.values())).file.name if stored else "weights"
-        raise CheckpointError(f"{component} ({file}): tensors do not fit the configuration; {'; '.join(told)}")
+        raise CheckpointError(
+            f"{component} ({file}): tensors do not fit the configuration, get both from one place; {'; '.join(told)}"
+        )
     return {key: stored[name] for name, key in wanted.items()}
 
 

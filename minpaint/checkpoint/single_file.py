@@ -140,7 +140,9 @@ def _split(directory: Directory, path: Path) -> Parts:
         elif ".qkv_proj." in name:
             pieces = {name.replace("qkv", letter): stored.part(index, 3) for index, letter in enumerate("qkv")}
         if twice := parts[component].keys() & pieces.keys():
-            raise CheckpointError(f"{component} ({path.name}): {min(twice)} is stored under two names")
+            raise CheckpointError(
+                f"{component} ({path.name}): {min(twice)} is stored under two names; get another copy"
+            )
         parts[component].update(pieces)
     if strangers:
         raise CheckpointError(f"{path}: tensors that belong to no part of the model: {some(strangers)}")

@@ -85,7 +85,9 @@ def read_directory(path: Path) -> dict[str, Stored]:
         version, beginning = _version(file.fileno()), file.read(64)
         _refuse_disguise(path, beginning)
         if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path}: not a .safetensors file, the only kind of weights that is opened")
+            raise CheckpointError(
+                f"{path}: not a .safetensors file, the only kind of weights that is opened; get those"
+            )
         try:
             length = int.from_bytes(beginning[:8], "little")
             if length > LONGEST:
@@ -99,7 +101,7 @@ def read_directory(path: Path) -> dict[str, Stored]:
             raise CheckpointError(f"{path}: cannot be read ({error})") from None
     header.pop("__metadata__", None)
     if not header:
-        raise CheckpointError(f"{path}: holds no tensors")
+        raise CheckpointError(f"{path}: holds no tensors; fetch it again")
     if empty := [key for key, entry in header.items() if 0 in entry["shape"]]:
         raise CheckpointError(f"{path}: tensors without a number: {some(empty)}")
     return {
@@ -120,7 +122,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable JSON file ({error}); fetch it again") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
+        raise CheckpointError(f"{path}: not a JSON object; fetch it again")
     return content
 
 
@@ -131,7 +133,7 @@ def read_index(path: Path) -> dict[str, set[str]]:
     """
     weight_map = read_json(path, path.name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: has no weight_map")
+        raise CheckpointError(f"{path}: has no weight_map; fetch it again")
     keys: dict[str, set[str]] = {}
     for key, name in weight_map.items():
         keys.setdefault(str(name), set()).add(key)
@@ -147,7 +149,7 @@ def read_shards(index: Path) -> dict[str, Stored]:
     for name, keys in read_index(index).items():
         found = read_directory(index.parent / name)
         if unlike := found.keys() ^ keys:
-            raise CheckpointError(f"{index}: does not agree with {name} about {some(list(unlike))}")
+            raise CheckpointError(f"{index}: does not agree with {name} about {some(list(unlike))}; fetch both again")
         directory.update(found)
     return directory
 

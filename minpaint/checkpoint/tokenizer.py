@@ -35,7 +35,7 @@ def load_tokenizer(folder: Path, pad_token: str | None = None) -> Any:
         length = int(tokenizer.model_max_length)
         tokenizer("a\U0001f415", padding="max_length", max_length=9, truncation=True)  # needs every special token
     except Exception as error:  # the library raises many kinds of error for a damaged file
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error})") from None
+        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error}); fetch it again") from None
     if length < 3:
         raise CheckpointError(f"{folder}: the tokenizer's model_max_length {length} leaves no room for a prompt")
     return tokenizer

@@ -144,7 +144,10 @@ def source(file: str, what: str) -> BytesIO:
         raise InputError(f"{what} -: stdin is closed; name a file")
     try:
         with open(file, "rb") if file != STREAM else nullcontext(sys.stdin.buffer) as opened:
-            content = BytesIO(opened.read(LARGEST_FILE))
+            content = BytesIO()
+            while content.tell() < LARGEST_FILE and (block := opened.read(2**20)):  # more at once would be allocated
+                content.write(block)
+            content.seek(0)
     except (OSError, ValueError) as error:
         told = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         raise InputError(f"{what} {file}: {told}") from None

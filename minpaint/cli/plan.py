@@ -51,6 +51,6 @@ def plan(options: Namespace, note: Note) -> None:
     for line in remarks(device):
         print(line)
     if not planner.on_gpu:
-        print(f"{format_size(base)} of it are the interpreter, the libraries")
+        print(f"{format_size(base)} of it are the interpreter, the libraries and the tokenizer")
     if width * height > WHOLE * (native * factor) ** 2:
         print("paint shows the network a crop of a picture of this size, unless told --context whole")

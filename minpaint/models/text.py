@@ -33,7 +33,8 @@ def encode_prompt(tokenizer: Any, text_encoder: nn.Module, prompt: str) -> Tenso
     ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
     known = int(text_encoder.config.vocab_size)  # type: ignore[union-attr, arg-type]
     if max(ids) >= known:
-        raise CheckpointError(f"tokenizer: token {max(ids)} is not among the {known} that the text encoder knows")
+        told = f"tokenizer: token {max(ids)} is not among the {known} that the text encoder knows"
+        raise CheckpointError(f"{told}; take both from one checkpoint")
     whole = tokenizer(prompt, truncation=False, verbose=False).input_ids
     if len(whole) > length:
         lost = tokenizer.decode(whole[length - 1 : -1])

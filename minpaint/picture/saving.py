@@ -233,7 +233,7 @@ def _compare(file: BinaryIO, frame: Frame, kind: str) -> Receipt:
     original = _fit(frame.original, kind)
     with Image.open(file) as saved:
         if saved.size != original.size:
-            raise MinpaintError(f"the file came out as {saved.size}, not {original.size}; nothing was written")
+            raise MinpaintError(f"the file came out as {saved.size}, not {original.size}")
         modes = {saved.mode, original.mode}
         keyed = "transparency" in {*saved.info, *original.info}
         mode = "RGBA" if len(modes) > 1 or "P" in modes or keyed else "L" if modes == {"1"} else saved.mode
@@ -247,5 +247,5 @@ def _compare(file: BinaryIO, frame: Frame, kind: str) -> Receipt:
     largest = max((level for level in range(256) if counts[level]), default=0)
     receipt = Receipt(sum(counts[1:]), sum(counts), largest, kind != "JPEG")
     if receipt.lossless and receipt.changed:
-        raise MinpaintError(f"{receipt}: this must not be; nothing was written, please report it")
+        raise MinpaintError(f"{receipt}, although the format is lossless; please report it")
     return receipt
