@@ -123,7 +123,7 @@ def main() -> None:
     add("--device", default="cpu")
     add("--dtype", default=None, help="default: fp16 on a GPU, fp32 on the CPU")
     options = parser.parse_args()
-    options.dtype = options.dtype or ("fp16" if options.device.startswith("cuda") else "fp32")
+    options.dtype = options.dtype or ("fp16" if options.device != "cpu" else "fp32")
     rows = common.measure_families(options.families, partial(measure_start, options))
     common.append("cold_start", common.machine() | vars(options) | {"rows": rows})
 

@@ -89,7 +89,7 @@ def run_row(row: str, folder: Path, options: argparse.Namespace) -> dict[str, An
 
 def measure(row: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """A row's figures, or why there are none."""
-    if options.device.startswith("cuda"):
+    if options.device != "cpu":
         common.free_unused(common.place(options)[0])
         try:
             return run_row(row, folder, options)
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--row", default=None, help="run one row and print its figures (for this program's own use)")
     parser.add_argument("--folder", type=Path, default=None, help="where the checkpoint is, for --row")
     options = parser.parse_args()
-    on_gpu = options.device.startswith("cuda")
+    on_gpu = options.device != "cpu"
     options.size = options.size or common.native_size(options.family)
     options.dtype = options.dtype or ("fp16" if on_gpu else "bf16")
     if options.row is not None:

@@ -201,7 +201,7 @@ def measure_family(options: argparse.Namespace, folder: Path, family: str) -> It
     common.free_unused(device)  # what the family before left
     sizes = options.sizes or [common.native_size(family)]
     if not options.sizes and family in common.FULL_SIZE:
-        sizes = [512, 768, 1024] if options.device.startswith("cuda") else [512]
+        sizes = [512, 768, 1024] if options.device != "cpu" else [512]
     cases = [Case(size, batch, options.run_steps, device, dtype) for size in sizes for batch in options.batches]
     exact = {} if dtype == torch.float32 else float32_results(folder, cases, options.rows)
     common.free_unused(device)
@@ -246,7 +246,7 @@ def parse_options() -> argparse.Namespace:
     help_compiled = "diffusers a second time, compiled; default: on a GPU"
     add("--compiled", action=argparse.BooleanOptionalAction, default=None, help=help_compiled)
     options = parser.parse_args()
-    on_gpu = options.device.startswith("cuda")
+    on_gpu = options.device != "cpu"
     for name, (gpu, cpu) in (DEFAULTS | {"run_steps": (options.steps, RUN_STEPS)}).items():
         if vars(options)[name] is None:
             setattr(options, name, gpu if on_gpu else cpu)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from minpaint.checkpoint.configs import vae_config
 from minpaint.engine.banded import set_attention_slices, set_bands, sliced_attend
@@ -122,6 +126,16 @@ def test_query_rows_reach_every_attention_and_bound_its_scores() -> None:
     assert all(module.attend is attend for module in attentions)
 
 
+class CountAttention(TorchFunctionMode):
+    """Counts calls of attention."""
+
+    calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func is scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("tokens", [96, 1000, 4096])
 def test_one_slice_of_attention_takes_the_memory_of_all(tokens: int) -> None:
     """A plan for attention that keeps its scores, which would otherwise go through thousands of slices."""
@@ -131,5 +145,7 @@ def test_one_slice_of_attention_takes_the_memory_of_all(tokens: int) -> None:
         return torch.cat([attend(part, k, v) for part in torch.split(q, 128, dim=2)], dim=2)
 
     planned, taken = (measure(work, fused=False).live for work in (lambda: sliced_attend(128, q, k, v), every_slice))
-    assert sliced_attend(128, q, k, v).shape == q.shape
+    with CountAttention() as counter:
+        assert sliced_attend(128, q, k, v).shape == q.shape
+    assert counter.calls == 1
     assert taken <= planned <= 1.1 * taken

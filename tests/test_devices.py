@@ -100,11 +100,11 @@ def test_painting_on_an_absent_gpu_is_one_line(
 @pytest.mark.parametrize(
     ("name", "hip", "says", "never"),
     [
-        ("cuda", None, ["CUDA context"], ["ROCm"]),
+        pytest.param("cuda", None, ["CUDA context"], ["ROCm"], marks=pytest.mark.slow),
         ("cuda", "6.2", ["driver of ROCm"], ["CUDA context"]),
-        ("xpu", None, ["driver of xpu", "nothing enforces it"], ["CUDA"]),
+        pytest.param("xpu", None, ["driver of xpu", "nothing enforces it"], ["CUDA"], marks=pytest.mark.slow),
         ("mps", None, ["driver of mps", "nothing enforces it", "does not measure peaks on mps"], ["CUDA"]),
-        ("cpu", None, ["the interpreter"], ["driver"]),
+        pytest.param("cpu", None, ["the interpreter"], ["driver"], marks=pytest.mark.slow),
     ],
 )
 def test_a_plan_says_what_it_cannot_promise(

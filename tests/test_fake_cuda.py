@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import largest_level_difference, make_mask, make_picture, relative_error
+from folders import edit
 from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError, FakeTensorMode
@@ -66,13 +67,13 @@ class HostSyncError(Exception):
 class Watch(TorchDispatchMode):
     """Fails where the host would wait for a GPU inside the denoising loop, and answers questions outside of it.
 
-    answers: to the next questions for a truth value; "yes" when there are none left. asked: how many there were.
-    operations: the names of all that was computed.
+    answers: to the next questions for a truth value; "yes" when there are none left. dtypes: of all tensors that
+    were made, with the kind of device that they are on.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.looping, self.asked, self.fake = False, 0, FakeTensorMode(allow_non_fake_inputs=True)
+        self.looping, self.fake = False, FakeTensorMode(allow_non_fake_inputs=True)
         self.answers: list[bool] = []
         self.dtypes: set[tuple[str, torch.dtype]] = set()
 
@@ -82,9 +83,9 @@ class Watch(TorchDispatchMode):
             if on_gpu and self.looping:
                 raise HostSyncError("for a number")
             assert args[0].dtype == torch.bool, "there are no numbers to give"
-            self.asked += 1
             return self.answers.pop(0) if self.answers else True
         if func is aten.scaled_dot_product_attention.default:  # asks the GPU's own library which kernel it has
+            assert len({(x.device, x.dtype) for x in args[:3]}) == 1
             return args[0].new_empty((*args[0].shape[:-1], args[2].shape[-1]))
         args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs or {}))
         out = func(*args, **kwargs)
@@ -133,7 +134,8 @@ class RealHost(Buffer):
         """Nothing: fake tensors have no bytes, and belong to one thread."""
 
 
-def add_device_guards() -> None:
+@pytest.fixture
+def device_guards() -> Iterator[None]:
     """Let a PyTorch without GPUs slice and index fake tensors of them, as one with CUDA does.
 
     Before such an operation PyTorch looks for what selects the tensor's device, and a build for the CPU has
@@ -144,8 +146,12 @@ def add_device_guards() -> None:
         guards = (ctypes.c_void_p * (META + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     except (OSError, ValueError):
         pytest.skip("PyTorch's table of devices is not where it is on Linux")
-    for number in KINDS.values():
+    before = {number: guards[number] for number in KINDS.values()}
+    for number in before:
         guards[number] = guards[number] or guards[META]
+    yield
+    for number, guard in before.items():
+        guards[number] = guard
 
 
 def unfaked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,9 +183,8 @@ def convert(self: NetworkWeights, dtype: torch.dtype) -> None:
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
+def watch(monkeypatch: pytest.MonkeyPatch, device_guards: None) -> Iterator[Watch]:
     """All tensors are fake in `watch(work)`, but for those of plans, which have a device of their own, and pictures."""
-    add_device_guards()
     watch, read, check = Watch(), NetworkWeights._read, NetworkWeights.check
     real = [(Painter, "_job"), (View, "canvas"), (Canvas, "filled"), (NetworkWeights, "put_on_meta")]
     for owner, name in [*real, (Planner, "_measure"), (Planner, "order")]:
@@ -190,9 +195,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     monkeypatch.setattr(NetworkWeights, "convert", convert)
     monkeypatch.setattr(minpaint.painter, "seam_error", lambda *_: 0.0)
     monkeypatch.setattr(NetworkWeights, "_read", lambda *args: iter(unfaked(list)(read(*args))))
-    # whether weights are finite: the real ones of the thread that streams are looked at, others have no numbers
+    # whether weights are finite: the real ones, on the host, are looked at, and the others have no numbers
     monkeypatch.setattr(
-        NetworkWeights, "check", lambda *args: None if isinstance(args[2], FakeTensor) else check(*args)
+        NetworkWeights, "check", lambda *args: None if isinstance(args[2], FakeTensor) else unfaked(check)(*args)
     )
     monkeypatch.setattr(minpaint.engine.calls, "GraphReplay", lambda function, device: function)
     monkeypatch.setattr(minpaint.engine.run, "capped", lambda *_: nullcontext())  # asks the driver
@@ -393,7 +398,8 @@ def test_without_being_asked_for_nothing_fast_is_used(
         assert not painter.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr, operator]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("cuda", marks=pytest.mark.slow), "mps"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_only_where_there_is_float64_bands_are_merged_in_it(
     checkpoint: Folders, watch: Watch, picture: Image.Image, mask: Image.Image, kind: str
 ) -> None:
@@ -403,6 +409,17 @@ def test_only_where_there_is_float64_bands_are_merged_in_it(
     paint(watch, painter, picture, mask, steps=1, sampler="ddim")
     assert "bands" in kinds(painter)
     assert ((kind, torch.float64) in watch.dtypes) == (kind != "mps")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["xpu", "mps"])
+def test_weights_are_looked_at_before_they_go_to_a_gpu_that_may_miss_a_nan(
+    broken: Path, watch: Watch, kind: str
+) -> None:
+    edit(broken / "unet" / "diffusion_pytorch_model.safetensors", lambda x: x["conv_in.bias"].fill_(torch.nan))
+    painter = open_fake(watch, broken, device=torch.device(kind, 0))
+    with pytest.raises(minpaint.CheckpointError, match=r"conv_in\.bias holds NaN"):
+        watch(painter.engine.keep_loaded)
 
 
 # Faults that the tests above must find -------------------------------------------------------------

@@ -78,9 +78,10 @@ class NetworkWeights:
         if wanted.keys() != self.resident.keys() or chunks != (self.stream.split.chunks if self.stream else ()):
             self.offload()
             try:
-                for name, tensor in self._read(wanted):
-                    tensor = tensor.to(self.device)
-                    self.check(name, tensor)
+                for name, read in self._read(wanted):
+                    tensor = read.to(self.device)
+                    # CUDA looks faster than a CPU; other GPUs' libraries may lack the operation, or miss a NaN
+                    self.check(name, tensor if self.device.type == "cuda" else read)
                     if self.channels_last and tensor.dim() == 4:
                         tensor = tensor.contiguous(memory_format=torch.channels_last)
                     assign(self.model, name, tensor)
