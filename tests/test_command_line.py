@@ -730,14 +730,14 @@ def test_nothing_depends_on_the_clock(
     assert (tmp_path / "out.png").read_bytes() == before
 
 
-if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(with_options(path.read_text(encoding="utf-8")), encoding="utf-8")
-
-
 def test_a_long_message_keeps_its_ends() -> None:
     message = str(InputError(f"no such key\n{'x' * 10_000}: take another"))
     assert message.startswith("no such key xxx")
     assert message.endswith("xxx: take another")
     assert len(message) < 520
     assert str(MinpaintWarning(message * 5)).count(" ... ") == 1
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(with_options(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -456,7 +456,10 @@ FAULTS: dict[str, Fault] = {
     "429 of a kind": tiny_hub_module.status(429, RateLimit='"api";r=0;t=290'),
 }
 FAST = {("model", "stall"), ("weights", "other content"), ("weights", "429"), ("tree", "403")}
-ALL = [(place, fault) for place in PLACES for fault in FAULTS if (place, fault) != ("small file", "other content")]
+# Small files carry no hash to compare with. What huggingface_hub tries again takes 24 s in a list of files: one of it.
+LEFT_OUT = {("small file", "other content")}
+LEFT_OUT |= {("tree", fault) for fault in ("stall", "reset", "redirect to nowhere", "redirect in a circle", "500")}
+ALL = [(place, fault) for place in PLACES for fault in FAULTS if (place, fault) not in LEFT_OUT]
 
 
 @pytest.mark.parametrize(

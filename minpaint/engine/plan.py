@@ -171,6 +171,8 @@ class Planner:
         """One phase with no other network loaded, in the first way that fits; BudgetError if none does."""
         for streamed in (False, True) if PHASES[name] in STREAMED else (False,):
             for strategy in self._strategies(name, request, caches=not streamed):
+                if streamed and strategy.keeps_heap:
+                    continue  # what is read in a thread tears a kept heap up a little more at every step
                 phase = self._phase(name, request, strategy, 0, base, budget if streamed else None)
                 if phase.peak <= budget:
                     return phase
@@ -342,5 +344,5 @@ def mib(size: int) -> str:
 
 def round_up(size: int) -> str:
     """Bytes for people who will ask for as much: up to 16 MiB more, as what a process takes varies a little."""
-    mib = math.ceil(size / 2**20 / 8 + 1) * 8
-    return f"{mib}MiB" if mib < 2**11 else f"{math.ceil(mib / 2**10 * 100) / 100:.2f}GiB"
+    rounded = math.ceil(size / 2**20 / 8 + 1) * 8
+    return f"{rounded}MiB" if rounded < 2**11 else f"{math.ceil(rounded / 2**10 * 100) / 100:.2f}GiB"
