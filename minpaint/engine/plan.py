@@ -156,11 +156,8 @@ class Planner:
         """
         together = sum(self._size(name) for name in PHASES)
         for caches in (True, False) if request.again else ():
-            fastest = {name: next(self._strategies(name, request, caches)) for name in PHASES}
-            phases = [
-                self._phase(name, request, strategy, together - self._size(name), base)
-                for name, strategy in fastest.items()
-            ]
+            ways = [(name, next(self._strategies(name, request, caches)), self._size(name)) for name in PHASES]
+            phases = [self._phase(name, request, way, together - size, base) for name, way, size in ways]
             if all(phase.peak <= budget for phase in phases):
                 break
         else:
