@@ -93,7 +93,7 @@ def inpaint(
     # 3. Denoise.
     context = context.repeat_interleave(len(x), dim=0)  # [n or 2n, tokens, D]
 
-    def model(x: Tensor, t: int) -> Tensor:
+    def model(x: Tensor, t: float) -> Tensor:
         inputs = x if conditioning is None else torch.cat([x, conditioning], dim=1)
         if guided:
             inputs = torch.cat([inputs, inputs])  # once for each prompt
@@ -106,7 +106,7 @@ def inpaint(
     yield from sampler(model, x, schedule, eta, partial(noise, shape), keep)
 
 
-def put_back(picture: Tensor, noise: Tensor, cells: Tensor, schedule: Schedule, x: Tensor, t: int | None) -> Tensor:
+def put_back(picture: Tensor, noise: Tensor, cells: Tensor, schedule: Schedule, x: Tensor, t: float | None) -> Tensor:
     """x with the known part of the picture, noised to timestep t, around the hole; all [n, 4, y, x].
 
     Avrahami et al. 2022, Blended latent diffusion (arXiv:2206.02779), section 4.1. A cell that is

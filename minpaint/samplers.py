@@ -1,10 +1,10 @@
-"""From noise to latents: DDIM, PNDM and DPM-Solver++.
+"""From noise to latents: DDIM, PNDM, DPM-Solver++ and, for models made for few steps, LCM.
 
 Every sampler is a generator with the same arguments: it calls `model(x, t)` for the network's
 output, moves x to the next noise level and yields a Step. Its whole history is in local variables.
 
 eta, noise: randomness from 0 (none) to 1, and where standard normal noise of x's shape comes
-    from. Only `ddim` has any; the others are deterministic and take no notice of the two.
+    from. `ddim` has as much as eta says, `lcm` all of it; the others are deterministic.
 keep: called as `keep(x, t)` with every new x and the timestep at which the network will see it,
     None after the last; returns the x to go on with. So the caller can keep a part of the latents.
 
@@ -20,11 +20,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from minpaint.errors import InputError
-from minpaint.schedule import Schedule
+from minpaint.schedule import Schedule, log_snr
 
-Model = Callable[[Tensor, int], Tensor]
+Model = Callable[[Tensor, float], Tensor]
 Noise = Callable[[], Tensor]
-Keep = Callable[[Tensor, "int | None"], Tensor]
+Keep = Callable[[Tensor, "float | None"], Tensor]
 
 
 class Step(NamedTuple):
@@ -43,12 +43,12 @@ class Step(NamedTuple):
     total: int
 
 
-def keep_nothing(x: Tensor, t: int | None) -> Tensor:
+def keep_nothing(x: Tensor, t: float | None) -> Tensor:
     """All of x is the sampler's."""
     return x
 
 
-def _calls(schedule: Schedule) -> Iterator[tuple[int, int, int | None]]:
+def _calls(schedule: Schedule) -> Iterator[tuple[int, float, float | None]]:
     """(i, t, next t) for every call of the network; the last has no next."""
     following = (*schedule.timesteps[1:], None)
     for i, (t, t_next) in enumerate(zip(schedule.timesteps, following, strict=True)):
@@ -80,7 +80,7 @@ def ddim(
         if noise is not None and eta > 0:
             x = x + deviation * noise()
         x = keep(x, t_next)
-        yield Step(i, t, x, x0, eps, len(schedule.timesteps))
+        yield Step(i, round(t), x, x0, eps, len(schedule.timesteps))
 
 
 def pndm(
@@ -125,7 +125,7 @@ def pndm(
             origin, start, end = x, t, t - schedule.stride
 
         x = keep(_transfer(schedule, output, origin, start, end), t_next)
-        yield Step(i, t, x, x0, eps, len(schedule.timesteps))
+        yield Step(i, round(t), x, x0, eps, len(schedule.timesteps))
 
 
 def _multistep(outputs: list[Tensor]) -> Tensor:
@@ -142,7 +142,7 @@ def _multistep(outputs: list[Tensor]) -> Tensor:
     return total
 
 
-def _transfer(schedule: Schedule, output: Tensor, x: Tensor, start: int, end: int) -> Tensor:
+def _transfer(schedule: Schedule, output: Tensor, x: Tensor, start: float, end: float) -> Tensor:
     """x moved from timestep `start` to `end` along `output` (PNDM, equation 11)."""
     _, eps = schedule.split(output, x, start)
     now, then = schedule.level(start), schedule.level(end)
@@ -158,16 +158,17 @@ def dpmpp(
     A multistep method of order 2 in the log signal-to-noise ratio lambda, over the predicted
     x0. The first step has no history and is of order 1. So is the last: it ends at sigma 0,
     where lambda is infinite and the update becomes x0 itself, the reference's default
-    (`final_sigmas_type="zero"`).
+    (`final_sigmas_type="zero"`). Karras' noise levels lie between those of the training: the
+    network is then called with the nearest timestep.
     """
     x0_before, width_before = None, 0.0
     for i, t, t_next in _calls(schedule):
-        x0, eps = schedule.split(model(x, t), x, t)
+        x0, eps = schedule.split(model(x, round(t)), x, t)
         if t_next is None:
             x = x0
         else:
             now, then = schedule.level(t), schedule.level(t_next)
-            width = _log_snr(then) - _log_snr(now)
+            width = log_snr(then) - log_snr(now)
             target = x0
             if x0_before is not None:
                 target = x0 + (width / (2 * width_before)) * (x0 - x0_before)
@@ -175,13 +176,39 @@ def dpmpp(
             x = sigma_ratio * x - signal * math.expm1(-width) * target
             x0_before, width_before = x0, width
         x = keep(x, t_next)
-        yield Step(i, t, x, x0, eps, len(schedule.timesteps))
+        yield Step(i, round(t), x, x0, eps, len(schedule.timesteps))
 
 
-def _log_snr(alpha_bar: float) -> float:
-    """lambda = log(sqrt(alpha_bar) / sigma)."""
-    return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+def lcm(
+    model: Model, x: Tensor, schedule: Schedule, eta: float = 0.0, noise: Noise | None = None, keep: Keep = keep_nothing
+) -> Iterator[Step]:
+    """Sampling from a latent consistency model (Luo et al. 2023, arXiv:2310.04378, algorithm 3), in 1 to 8 steps.
+
+    A denoising trajectory leads from noise to one clean picture. Such a model was trained to give the
+    same answer, that picture, from every point of a trajectory, which is what consistency means: so one call
+    may jump to the end. Each further call begins from the answer before, noised to a lower level, and
+    mends it. The answer at timestep 0 must be x itself; c_skip and c_out see to that. The guidance of its
+    teacher is trained into the model, which is why it needs none.
+
+    Raises:
+        InputError: more than one step and no source of noise.
+    """
+    for i, t, t_next in _calls(schedule):
+        x0, eps = schedule.split(model(x, t), x, t)
+        if schedule.clip is not None:
+            x0 = x0.clamp(-schedule.clip, schedule.clip)
+        # LCM, section 4.2: sigma_data is 0.5, and t counts ten times (scheduling_lcm.py, timestep_scaling)
+        scaled, sigma_data = 10.0 * t, 0.5
+        c_skip = sigma_data**2 / (scaled**2 + sigma_data**2)
+        c_out = scaled / math.sqrt(scaled**2 + sigma_data**2)
+        x = c_out * x0 + c_skip * x
+        if t_next is not None:
+            if noise is None:
+                raise InputError("lcm adds noise between its steps; give it a source of noise, or one step")
+            x = schedule.add_noise(x, noise(), t_next)
+        x = keep(x, t_next)
+        yield Step(i, round(t), x, x0, eps, len(schedule.timesteps))
 
 
 Sampler = Callable[..., Iterator[Step]]  # with the arguments named above
-SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "pndm": pndm, "dpmpp": dpmpp}
+SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "pndm": pndm, "dpmpp": dpmpp, "lcm": lcm}

@@ -13,7 +13,7 @@ from typing import Any
 
 from minpaint.errors import InputError
 
-SAMPLERS = ("ddim", "pndm", "dpmpp")
+SAMPLERS = ("ddim", "pndm", "dpmpp", "lcm")
 SIDES = ("left", "top", "right", "bottom")
 # the headings under which --help lists the options
 WHAT, MODEL, HOLE, MACHINE = "what to paint", "the model and its sampler", "the hole and its seam", "the machine"
@@ -94,13 +94,15 @@ class Settings:
     # fmt: off
     prompt: str = _option(MISSING, WHAT, _text, "what to paint", metavar="TEXT")
     negative_prompt: str = _option("", WHAT, _text, "what to stay away from", metavar="TEXT")
-    steps: int = _option(50, MODEL, _positive, "sampler steps over the whole range of noise")
+    steps: int | None = _option(None, MODEL, _positive, "sampler steps over the whole range of noise "
+        "(default: 50, lcm 4)", type=int)
     # classifier-free guidance: Ho & Salimans 2022, arXiv:2207.12598
     guidance: float = _option(7.5, MODEL, _weight, "weight of the prompt; 1 or less turns guidance off, twice as fast")
     strength: float = _option(1.0, MODEL, _share, "how much noise the hole starts from, over 0 up to 1; "
         "under 1 it keeps the picture's layout and runs the last part of the steps only")
     sampler: str | None = _option(None, MODEL, SAMPLERS, "default: what the checkpoint names")
-    eta: float = _option(0.0, MODEL, _share, "randomness of ddim, 0 to 1")
+    eta: float | None = _option(None, MODEL, _share, "randomness of ddim, 0 to 1 (default: 0, or 1 for a checkpoint "
+        "that names an ancestral sampler)", type=float)
     seed: int = _option(0, MODEL, _whole, "one seed gives one picture")
     count: int = _option(1, MODEL, _positive, "pictures to paint at once, each with the next seed")
     profile: str = _option("minpaint", MACHINE, ("minpaint", "diffusers"),

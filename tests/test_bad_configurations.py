@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from minpaint.checkpoint import hub
 from minpaint.checkpoint.architecture import blank_models
 from minpaint.checkpoint.configs import parse_configs
 from minpaint.checkpoint.load import describe
-from minpaint.painter import Painter
 from weights.random_checkpoint import FAMILIES, write_tokenizer
 
 # ---- bad configurations ----
@@ -163,26 +161,14 @@ UNSUPPORTED_SCHEDULER = [
     *_values("clip_sample_range", 0, "1"),
     *_values("num_train_timesteps", 0, -1, "1000", 1000.0),
     *_values("prediction_type", "sample", "flow_prediction", 1),
-    *_values("rescale_betas_zero_snr", True),
+    *_values("rescale_betas_zero_snr", True, 1),
+    *_values("use_karras_sigmas", "true"),
+    *_values("original_inference_steps", 0, "50"),
     *_values("set_alpha_to_one", "true", 1),
     *_values("skip_prk_steps", "true", 0),
     *_values("steps_offset", -1, "1", 1.0, True),
-    *_values("thresholding", True),
     *_values("timestep_spacing", "karras", 3),
     *_values("trained_betas", [0.1, 0.2], []),
-    *_values("algorithm_type", "sde-dpmsolver++", "dpmsolver"),
-    *_values("final_sigmas_type", "sigma_min"),
-    *_values("lambda_min_clipped", -5.1),
-    *_values("solver_order", 3, 1),
-    *_values("solver_type", "heun"),
-    *_values("use_beta_sigmas", True),
-    *_values("use_dynamic_shifting", True),
-    *_values("use_exponential_sigmas", True),
-    *_values("use_flow_sigmas", True),
-    *_values("use_karras_sigmas", True),
-    *_values("use_lu_lambdas", True),
-    *_values("variance_type", "learned", "fixed_small"),
-    *_values("a_key_of_the_future", 1),
 ]
 
 
@@ -202,8 +188,9 @@ def test_a_noise_schedule_that_is_not_supported_is_refused_for_every_class(key: 
 
 
 UNSUPPORTED_TEXT = [
-    *_values("architectures", ["CLIPTextModelWithProjection"], ["CLIPModel"], "CLIPTextModelWithProjection", 5, [5]),
-    *_values("model_type", "bert", "clip", 7),
+    *_values("architectures", ["CLIPModel"], "CLIPTextModelWithProjection", 5, [5]),
+    *_values("model_type", "bert", 7),
+    *_values("text_config", {"hidden_size": 64}),
     *_values("hidden_act", "no such function", 3),
     *_values("hidden_size", 0, -64, "64", 64.5, [64], 96),
     *_values("intermediate_size", -1, "256", 1.5),
@@ -307,19 +294,6 @@ def test_a_prompt_width_that_does_not_fit_the_text_encoder_is_refused(broken: Pa
     message = refusal(broken)
     assert "cross_attention_dim 96" in message
     assert "hidden_size 64" in message
-
-
-@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "Nonsense"])
-def test_an_unknown_scheduler_loads_and_paints_with_a_sampler_that_is_named(
-    name: str, broken: Path, painter: Callable[[str], Painter], picture: Image.Image, mask: Image.Image
-) -> None:
-    configure(broken, "scheduler", _class_name=name, use_karras_sigmas=True, interpolation_type="linear")
-    stranger = load(broken)
-    known = latents(painter("small-sd1-4ch"), picture, mask, sampler="ddim")
-    assert torch.equal(latents(stranger, picture, mask, sampler="ddim"), known)
-    with pytest.raises(minpaint.CheckpointError, match=rf"_class_name '{name}'") as caught:
-        latents(stranger, picture, mask)
-    assert len(str(caught.value).splitlines()) == 1
 
 
 # ---- bad tokenizers ----

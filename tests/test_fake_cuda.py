@@ -304,7 +304,7 @@ def test_other_checkpoints_stay_on_the_gpu_too(
     for options in OPTIONS:
         paint(watch, painter, picture, mask, **options)
     config = painter.scheduler_config
-    painter.scheduler_config = replace(config, class_name="PNDMScheduler", skip_prk_steps=False)
+    painter.scheduler_config = replace(config, named="pndm", skip_prk_steps=False)
     [painting] = paint(watch, painter, picture, mask, steps=5)
     assert painting.steps > 5
 

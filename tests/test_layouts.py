@@ -51,8 +51,9 @@ from single_file import (
 from torch import Tensor
 
 from minpaint.checkpoint import hub
-from minpaint.checkpoint.configs import scheduler_config, text_config, unet_config, vae_config
+from minpaint.checkpoint.configs import text_config, unet_config, vae_config
 from minpaint.checkpoint.load import describe
+from minpaint.checkpoint.scheduler import scheduler_config
 from minpaint.checkpoint.tensorfile import read_directory, read_tensors
 from minpaint.errors import MinpaintWarning
 from minpaint.painter import Painter

@@ -13,6 +13,7 @@ from conftest import SMALL_FAMILIES, largest_level_difference, make_mask, make_p
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    LCMScheduler,
     PNDMScheduler,
     StableDiffusionInpaintPipeline,
 )
@@ -21,7 +22,12 @@ from PIL import Image
 import minpaint
 from minpaint.painter import Painter
 
-SCHEDULERS = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "dpmpp": DPMSolverMultistepScheduler}
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "pndm": PNDMScheduler,
+    "dpmpp": DPMSolverMultistepScheduler,
+    "lcm": LCMScheduler,
+}
 STEPS = (1, 2, 3, 7, 20, 50)
 STRENGTHS = (1.0, 0.99, 0.5, 0.13)
 GUIDANCES = (0.0, 1.0, 7.5)
@@ -142,6 +148,7 @@ def test_the_checkpoints_own_sampler_is_the_default(
     assert relative_error(painting.latents, expected) < LATENT_TOLERANCE
 
 
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
 SCHEDULER_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim set_alpha_to_one": ("DDIMScheduler", {"set_alpha_to_one": True}),
     "ddim clip_sample": ("DDIMScheduler", {"clip_sample": True}),
@@ -159,6 +166,17 @@ SCHEDULER_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp leading": ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading"}),
     "dpmpp trailing": ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}),
     "dpmpp linspace v": ("DPMSolverMultistepScheduler", {"prediction_type": "v_prediction"}),
+    "dpmpp Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpmpp Karras v": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "prediction_type": "v_prediction"}),
+    "dpmpp zero SNR": ("DPMSolverMultistepScheduler", ZERO_SNR),
+    "dpmpp Karras zero SNR": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, **ZERO_SNR}),
+    "ddim zero SNR": ("DDIMScheduler", ZERO_SNR),
+    "ddim zero SNR, leading": ("DDIMScheduler", {**ZERO_SNR, "timestep_spacing": "leading"}),
+    "lcm": ("LCMScheduler", {}),
+    "lcm v": ("LCMScheduler", {"prediction_type": "v_prediction"}),
+    "lcm clip_sample": ("LCMScheduler", {"clip_sample": True, "clip_sample_range": 0.7}),
+    "lcm of 30": ("LCMScheduler", {"original_inference_steps": 30}),
+    "lcm zero SNR": ("LCMScheduler", ZERO_SNR),
 }
 
 

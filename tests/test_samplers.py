@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -11,10 +13,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from torch import Tensor
 
 from minpaint import settings
-from minpaint.checkpoint.configs import scheduler_config
+from minpaint.checkpoint.scheduler import scheduler_config
 from minpaint.errors import InputError
 from minpaint.samplers import SAMPLERS, Step, ddim
-from minpaint.schedule import Schedule, alphas_cumprod, make_schedule
+from minpaint.schedule import Schedule, alphas_cumprod, karras_grid, make_schedule
 from weights.random_checkpoint import SCHEDULER
 
 REFERENCE = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "dpmpp": DPMSolverMultistepScheduler}
@@ -100,8 +102,12 @@ def _fine_schedule(steps: int, prediction: str) -> Schedule:
     return Schedule(levels, levels[0], grid, stride, prediction)
 
 
-def _end_error(sampler: str, steps: int, prediction: str) -> float:
+def _end_error(sampler: str, steps: int, prediction: str, karras: bool = False) -> float:
     schedule = _fine_schedule(steps, prediction)
+    if karras:  # over the same part of the levels
+        levels, eighth = schedule.alpha_bar, len(schedule.alpha_bar) // 8
+        grid = tuple(eighth + t for t in karras_grid(levels[eighth : 7 * eighth], steps))
+        schedule = replace(schedule, timesteps=grid)
     if sampler == "pndm":
         grid = schedule.timesteps
         schedule = Schedule(
@@ -109,7 +115,7 @@ def _end_error(sampler: str, steps: int, prediction: str) -> float:
         )
 
     def model(x: Tensor, t: int) -> Tensor:
-        a = schedule.alpha_bar[t]
+        a = schedule.level(t)
         eps = math.sqrt(1 - a) / _std(a) ** 2 * x
         x0 = math.sqrt(a) * DATA_STD**2 / _std(a) ** 2 * x
         return eps if prediction == "epsilon" else math.sqrt(a) * eps - math.sqrt(1 - a) * x0
@@ -119,7 +125,7 @@ def _end_error(sampler: str, steps: int, prediction: str) -> float:
     # dpmpp's last step goes to sigma 0, with order one by design: judge the one before
     step = taken[-2] if sampler == "dpmpp" else taken[-1]
     level = schedule.timesteps[-1] if sampler == "dpmpp" else schedule.timesteps[-1] - schedule.stride
-    exact = _std(schedule.alpha_bar[level]) / _std(schedule.alpha_bar[schedule.timesteps[0]])
+    exact = _std(schedule.level(level)) / _std(schedule.level(schedule.timesteps[0]))
     return abs(float(step.x) - exact) / exact
 
 
@@ -127,6 +133,8 @@ def _end_error(sampler: str, steps: int, prediction: str) -> float:
 @pytest.mark.parametrize(
     ("sampler", "prediction", "order"),
     [
+        ("dpmpp Karras", "epsilon", 2),
+        ("dpmpp Karras", "v_prediction", 2),
         ("ddim", "epsilon", 1),
         ("ddim", "v_prediction", 1),
         ("pndm", "epsilon", 2),
@@ -136,7 +144,8 @@ def _end_error(sampler: str, steps: int, prediction: str) -> float:
     ],
 )
 def test_order_of_convergence_on_gaussian_data(sampler: str, prediction: str, order: int) -> None:
-    errors = [_end_error(sampler, steps, prediction) for steps in (40, 80, 160, 320)]
+    name, _, karras = sampler.partition(" ")
+    errors = [_end_error(name, steps, prediction, bool(karras)) for steps in (40, 80, 160, 320)]
     orders = [math.log2(a / b) for a, b in pairwise(errors)]
     print(f"{sampler} {prediction}: errors {errors}, orders {orders}")
     assert orders[-1] == pytest.approx(order, abs=0.15)
@@ -176,7 +185,8 @@ def test_samplers_change_none_of_their_inputs(sampler: str) -> None:
     schedule = make_schedule(scheduler_config(SCHEDULER), sampler, 6)
     x = torch.randn(2, 4, 3, 3)
     before = x.clone()
-    first = [step.x.clone() for step in SAMPLERS[sampler](lambda x, t: 0.1 * x, x, schedule)]
-    again = [step.x for step in SAMPLERS[sampler](lambda x, t: 0.1 * x, x, schedule)]
+    noise = torch.randn(2, 4, 3, 3)
+    run = partial(SAMPLERS[sampler], lambda x, t: 0.1 * x, x, schedule, noise=lambda: noise)
+    first, again = [step.x.clone() for step in run()], [step.x for step in run()]
     assert torch.equal(x, before)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

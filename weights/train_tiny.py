@@ -23,7 +23,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from minpaint.checkpoint.configs import scheduler_config, text_config, unet_config, vae_config
+from minpaint.checkpoint.configs import text_config, unet_config, vae_config
+from minpaint.checkpoint.scheduler import scheduler_config
 from minpaint.checkpoint.tokenizer import load_tokenizer
 from minpaint.models.text import build_text_encoder
 from minpaint.models.unet import UNet
