@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +35,8 @@ class Stored:
 
     start, size: its bytes in the file. A part of a fused tensor is a range of the bytes of its key;
     the shape may leave out axes of size 1 that the file has. version: which file it was when its
-    header was read (`_version`); the weights are not read from any other.
+    header was read (`_version`); the weights are not read from any other. added: what is added to
+    the weight whenever it is read.
     """
 
     file: Path
@@ -45,6 +46,7 @@ class Stored:
     start: int
     size: int
     version: tuple[int, ...] = ()
+    added: tuple[LowRank, ...] = ()
 
     def part(self, index: int, parts: int) -> Stored:
         """One of `parts` equal ranges of rows.
@@ -69,6 +71,18 @@ class Stored:
     def count(self) -> int:
         """How many numbers it holds."""
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """scale * up @ down, a change of a weight: LoRA (Hu et al. 2021, arXiv:2106.09685, section 4.1).
+
+    up [rows, rank], down [rank, the rest of the weight's shape], beside axes of size 1.
+    """
+
+    up: Stored
+    down: Stored
+    scale: float
 
 
 Directory = Mapping[str, Stored]
@@ -168,11 +182,22 @@ def read_tensors(directory: Directory) -> Iterator[tuple[str, Tensor]]:
                 yield name, flat.view(kind).reshape(stored.shape)
 
 
-def piece_buffer(tensors: Iterable[Stored], dtype: torch.dtype) -> Tensor:
+def piece_buffer(tensors: Collection[Stored], dtype: torch.dtype) -> Tensor:
     """Bytes enough for `read_into` to convert any of these tensors to `dtype` piece by piece."""
     kinds = [(FLOATS[stored.kind], stored.count) for stored in tensors]
     sizes = [min(PIECE, count) * kind.itemsize for kind, count in kinds if kind != dtype]
-    return torch.empty(max(sizes, default=0), dtype=torch.uint8)
+    return torch.empty(max([*sizes, merge_size(tensors)], default=0), dtype=torch.uint8)
+
+
+def merge_size(tensors: Iterable[Stored]) -> int:
+    """Bytes of the `piece_buffer` in which changes are added to any of these tensors."""
+    return max((4 * sum(_merge_counts(stored)) + 8 * (PIECE + 1) for stored in tensors if stored.added), default=0)
+
+
+def _merge_counts(stored: Stored) -> list[int]:
+    """How many numbers of a changed weight, and of each factor of its changes, are in memory at once."""
+    factors = [factor.count for change in stored.added for factor in (change.up, change.down)]
+    return [max(PIECE, stored.count // stored.shape[0]), *factors]
 
 
 def read_into(stored: Stored, target: Tensor, buffer: Tensor) -> None:
@@ -183,6 +208,9 @@ def read_into(stored: Stored, target: Tensor, buffer: Tensor) -> None:
     """
     kind = FLOATS[stored.kind]
     flat = target.view(-1)
+    if stored.added:
+        _read_changed(stored, flat, buffer)
+        return
     with _open(stored.file, stored.version) as file:
         file.seek(stored.start)
         if kind == target.dtype:
@@ -192,6 +220,29 @@ def read_into(stored: Stored, target: Tensor, buffer: Tensor) -> None:
             read = buffer[: len(piece) * kind.itemsize].view(kind)
             _fill(file, read)
             piece.copy_(read)
+
+
+def _read_changed(stored: Stored, flat: Tensor, buffer: Tensor) -> None:
+    """Fill a tensor with a weight and what is added to it, some rows at a time and in float32."""
+    counts = _merge_counts(stored)
+    size = 4 * sum(counts)
+    numbers, rest = buffer[:size].view(torch.float32), buffer[size + size % 8 :]
+    piece, *factors = torch.split(numbers, counts)
+    rows, width = stored.shape[0], stored.count // stored.shape[0]
+    products = []
+    for change, up, down in zip(stored.added, factors[::2], factors[1::2], strict=True):
+        read_into(change.up, up, rest)
+        read_into(change.down, down, rest)
+        products.append((up.view(rows, -1), down.view(-1, width), change.scale))
+    height, row_size = len(piece) // width, stored.size // rows
+    for first in range(0, rows, height):
+        few = min(height, rows - first)
+        shape, start, size = (few, width), stored.start + first * row_size, few * row_size
+        block = piece[: few * width].view(shape)
+        read_into(replace(stored, shape=shape, start=start, size=size, added=()), block, rest)
+        for up, down, scale in products:
+            block.addmm_(up[first : first + few], down, alpha=scale)
+        flat[first * width :][: few * width].copy_(block.view(-1))
 
 
 def empty_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minpaint.checkpoint.architecture import Architecture, blank_models
+from minpaint.checkpoint.tensorfile import merge_size
 from minpaint.engine.additions import additions
 from minpaint.engine.budget import format_size
 from minpaint.engine.calls import Calls, Request, Strategy
@@ -279,6 +280,7 @@ class Planner:
         extra = GPU_LIBRARIES
         if not self.on_gpu:
             activations, extra = additions(name, request, strategy, activations)
+            extra += merge_size(self.architecture.directories[PHASES[name]].values())
         split, weights = None, self._size(name) + cached
         if budget is not None:
             part, room = PHASES[name], int((budget - base - extra) / (1 + self.reserve)) - activations - others

@@ -149,7 +149,7 @@ class NetworkWeights:
         mapped: dict[str, Stored] = {}
         converted: dict[str, Stored] = {}
         for name, stored in directory.items():
-            fits = tensorfile.FLOATS[stored.kind] == self.dtype and (stored.is_aligned or on_gpu)
+            fits = tensorfile.FLOATS[stored.kind] == self.dtype and (stored.is_aligned or on_gpu) and not stored.added
             (mapped if fits else converted)[name] = stored
         yield from tensorfile.read_tensors(mapped)
         buffer = tensorfile.piece_buffer(converted.values(), self.dtype)
