@@ -32,6 +32,10 @@ class BudgetError(MinpaintError):
     """A memory budget that cannot hold the run."""
 
 
+class SafetyError(MinpaintError):
+    """A painting that the checkpoint's safety checker flags."""
+
+
 class MinpaintWarning(UserWarning):
     """Something the user should know although the run goes on; one line."""
 

@@ -1,7 +1,7 @@
 """The command line: `python -m minpaint VERB`, where each verb is a function in a module beside this one.
 
-Exit codes: 0 done; 2 bad usage or bad input; 3 the budget cannot hold; 130 stopped by Ctrl-C, 143 by SIGTERM;
-1 anything else.
+Exit codes: 0 done; 2 bad usage or bad input; 3 the budget cannot hold; 4 a painting is flagged by --safety; 130 stopped
+by Ctrl-C, 143 by SIGTERM; 1 anything else.
 Messages go to stderr; stdout is for what plan, info and --json print, and nothing else.
 """
 
@@ -17,7 +17,15 @@ from contextlib import suppress
 from pkgutil import resolve_name
 
 from minpaint.cli.options import STREAM, Note, parse
-from minpaint.errors import BudgetError, CheckpointError, InputError, MinpaintError, MinpaintWarning, one_line
+from minpaint.errors import (
+    BudgetError,
+    CheckpointError,
+    InputError,
+    MinpaintError,
+    MinpaintWarning,
+    SafetyError,
+    one_line,
+)
 
 STOPPED = "stopped; nothing half-written is left"
 VERBS = {None: "demo:demo", "paint": "paint:paint", "plan": "plan:plan", "info": "paint:info"}
@@ -36,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         code, message = 128 + (stop.args or (signal.SIGINT,))[0], STOPPED
     except Exception as error:
         message = str(error) if isinstance(error, MinpaintError) else one_line(str(error)) or type(error).__name__
-        code = 3 if isinstance(error, BudgetError) else 2 if isinstance(error, (InputError, CheckpointError)) else 1
+        codes = {BudgetError: 3, SafetyError: 4, InputError: 2, CheckpointError: 2}
+        code = next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
     finally:
         for number, handler in before.items():  # the process's own run has ended, and what it says now holds
             signal.signal(number, signal.SIG_IGN if arguments is None else handler)

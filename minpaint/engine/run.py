@@ -26,7 +26,7 @@ from minpaint.engine.budget import (
 from minpaint.engine.calls import Calls, Request
 from minpaint.engine.cuda import Buffer, exact_float32
 from minpaint.engine.device import threads_for
-from minpaint.engine.plan import PHASES, Phase, Planner
+from minpaint.engine.plan import PHASES, Phase, Planner, round_up
 from minpaint.engine.residency import NetworkWeights
 from minpaint.engine.winograd import DEFAULTS
 from minpaint.errors import BudgetError, MinpaintError, MinpaintWarning
@@ -123,6 +123,22 @@ class Engine:
         """Give a phase's weights the engine's number format again."""
         self.weights[PHASES[name]].convert(self.dtype)
         self.prepared = None
+
+    def offload(self) -> None:
+        """Offload all weights, so that something else finds the budget free."""
+        self.prepared = None
+        for weights in self.weights.values():
+            weights.offload()
+        release_cached(self.device)
+
+    def require(self, what: str, size: int) -> None:
+        """BudgetError if the budget could not hold something of so many bytes with all weights offloaded."""
+        needed = self.base + size
+        if needed > self.budget:
+            raise BudgetError(
+                f"budget {format_size(self.budget)} cannot hold {what}: that needs {round_up(needed)}; "
+                f"raise --budget or do without it"
+            )
 
     def make_plain(self) -> None:
         """From now on, use nothing of a GPU but what every program uses: no graphs, no copies beside the computing."""
