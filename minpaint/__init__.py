@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from minpaint.errors import BudgetError, CheckpointError, InputError, MinpaintError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     import torch
@@ -31,6 +32,8 @@ def load(
     budget: str | int | None = None,
     config: str | Path | None = None,
     fast: bool = False,
+    vae: str | Path | None = None,
+    lora: str | Path | Iterable[str | Path] | None = None,
 ) -> Painter:
     """Load a checkpoint and return the Painter that runs it.
 
@@ -46,6 +49,9 @@ def load(
             single file; without it the architecture is told from the tensors' shapes.
         fast: on CUDA, also use recorded graphs, fused layers and weights with channels last, which
             no GPU has tested yet; the CPU has its fast layers anyway.
+        vae: a file, a folder or a hub id to take the VAE from, instead of the model's own.
+        lora: small changes of the weights, "FILE[:WEIGHT]" or several of them; FILE is a safetensors
+            file of kohya's scripts, PEFT or diffusers, here or in a repository of the hub.
 
     All weights are loaded and checked here if the budget can hold them together; otherwise when
     they are needed.
@@ -57,6 +63,6 @@ def load(
     """
     from minpaint.painter import open_painter
 
-    painter = open_painter(model, device, dtype, budget, config, fast)
+    painter = open_painter(model, device, dtype, budget, config, fast, vae, lora)
     painter.engine.keep_loaded()
     return painter

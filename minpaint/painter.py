@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minpaint.checkpoint.load import TINY, Checkpoint, build, describe
+from minpaint.checkpoint.load import TINY, Checkpoint, LoRAs, build, describe
 from minpaint.checkpoint.tokenizer import TOY_WORLD, unknown_words
 from minpaint.engine.budget import choose_budget
 from minpaint.engine.calls import Request
@@ -32,6 +32,9 @@ from minpaint.picture.view import ReferenceView, View, choose_views
 from minpaint.samplers import SAMPLERS, Step
 from minpaint.schedule import Schedule, make_schedule
 from minpaint.settings import Settings
+
+STEPS, STEPS_OF_LCM = 50, 4  # by default
+GUIDANCE_OF_LCM = 2.0  # the most that its models, whose teacher was guided, take without burning the colours
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ class Painter:
         self.unet_config = checkpoint.architecture.unet
         self.vae_config = checkpoint.architecture.vae
         self.scheduler_config = checkpoint.scheduler_config
-        self.name, self.files = checkpoint.architecture.name, checkpoint.files
+        self.name, self.files, self.loras = checkpoint.architecture.name, checkpoint.files, checkpoint.loras
+        self._useless = checkpoint.ignored
         self.device, self.dtype = device, dtype
         self.engine = Engine(checkpoint, device, dtype, budget, fast)
         self.last_run: Run | None = None
@@ -174,6 +178,33 @@ class Painter:
             paintings.append(Painting(image, latents.cpu().clone(), seed, calls, seam))
         return paintings
 
+    def complete(self, settings: Settings) -> Settings:
+        """Settings with steps and eta: where they are not given, those of the sampler that will be used."""
+        config = self.scheduler_config
+        steps, eta = settings.steps, settings.eta
+        if steps is None:
+            steps = STEPS_OF_LCM if (settings.sampler or config.sampler) == "lcm" else STEPS
+        if eta is None:
+            eta = config.eta if settings.sampler is None else 0.0
+        return replace(settings, steps=steps, eta=eta)
+
+    def ignored(self, settings: Settings) -> list[str]:
+        """What the checkpoint's files hold that has no effect on a run: settings of its sampler, keys of tensors."""
+        return [*self._passed_over(settings), *self._useless]
+
+    def _passed_over(self, settings: Settings) -> list[str]:
+        """What a run's sampler makes of the checkpoint's scheduler where it cannot do what that says."""
+        config = self.scheduler_config
+        sampler, told = settings.sampler or config.sampler, []
+        if settings.sampler is None and not config.exact:
+            eta = " with eta 1" if config.eta else ""
+            told.append(f"{config.class_name} is none of the samplers here; {sampler}{eta} comes nearest, and is taken")
+        if fault := config.refused.get(sampler):  # the sampler was chosen all the same
+            told.append(f"{fault}; {sampler} does without it")
+        if others := config.ignored.get(sampler):
+            told.append(f"scheduler_config.json: {sampler} takes no notice of {others}")
+        return told
+
     def views(self, frame: Frame, settings: Settings) -> list[View | ReferenceView]:
         """The parts in which a picture will be painted, one after the other."""
         factor = self.vae_config.factor
@@ -191,7 +222,7 @@ class Painter:
             settings.guided,
             starts=max(started, 1),
             again=started > 0,
-            steps=int(settings.steps * settings.strength),
+            steps=int((settings.steps or STEPS) * settings.strength),
             photo=frame.original.size,
             part=max(area(view.box) for view in views),
             seam=area(reach_box(frame.cover, 2 * NEIGHBOURHOOD)),
@@ -202,15 +233,20 @@ class Painter:
     def _job(self, frame: Frame, settings: Settings, saving: int = 0) -> Job:
         """Check all that can be wrong with a request before any work is done."""
         config = self.scheduler_config
+        settings = self.complete(settings)
         sampler = settings.sampler or config.sampler
-        if settings.eta > 0 and sampler != "ddim":
+        for told in self._passed_over(settings):
+            _tell(told)
+        if settings.eta and sampler != "ddim":
             _tell(f"eta has no effect on the sampler {sampler}, only on ddim")
+        if sampler == "lcm" and settings.guidance > GUIDANCE_OF_LCM:
+            _tell(f"guidance {settings.guidance:g} is much for lcm, whose models are guided already; try --guidance 1")
         if settings.fill != "original" and settings.strength == 1 and not settings.soft:
             _tell(f"fill {settings.fill} has no effect at strength 1, where the hole starts from noise alone")
         if self.name == TINY and (strange := unknown_words(self.tokenizer, settings.prompt)):
             _tell(f"the tiny model has no words for: {', '.join(strange)}; it knows {TOY_WORLD}")
         warm_up = settings.sampler is None and sampler == "pndm" and not config.skip_prk_steps
-        schedule = make_schedule(config, sampler, settings.steps, settings.strength, warm_up)
+        schedule = make_schedule(config, sampler, settings.steps or STEPS, settings.strength, warm_up)
         views = self.views(frame, settings)
         request = self.request(frame, settings, views, saving)
         return Job(settings, frame, views, frame.begin(), sampler, schedule, request)
@@ -248,7 +284,7 @@ class Painter:
                 job.schedule,
                 lambda shape: noise(shape).to(self.device),
                 sampler=SAMPLERS[job.sampler],
-                eta=settings.eta,
+                eta=settings.eta or 0.0,
                 negative_prompt=settings.negative_prompt,
                 guidance=settings.guidance,
                 fill=view.fill(settings),
@@ -277,12 +313,14 @@ def open_painter(
     budget: str | int | None,
     config: str | Path | None,
     fast: bool = False,
+    vae: str | Path | None = None,
+    lora: LoRAs = None,
 ) -> Painter:
     """`minpaint.load` for a single painting: weights are loaded for their phase and offloaded after it."""
     place = choose_device(device)
     number_format = choose_dtype(dtype, place)
     size = choose_budget(budget, place)
-    checkpoint = build(describe(model, number_format == torch.float16, config), place)
+    checkpoint = build(describe(model, number_format == torch.float16, config, vae, lora), place)
     return Painter(checkpoint, place, number_format, size, fast)
 
 

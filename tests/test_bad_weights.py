@@ -238,7 +238,7 @@ def _put(**values: Tensor) -> Callable[[dict[str, Tensor]], object]:
         ),
         _fit("unet", _put(a=torch.zeros(1), b=torch.zeros(1)), "surplus: 2 (a, b)"),
         _fit("vae", _put(loss__logvar=torch.zeros(1)), "surplus: 1 (loss.logvar)"),
-        _fit("text_encoder", _put(text_projection__weight=torch.zeros(64, 64)), "surplus: 1", "text_projection.weight"),
+        _fit("text_encoder", _put(text_projection__weight=torch.zeros(64, 65)), "surplus: 1", "text_projection.weight"),
         _fit("unet", _put(conv_in__bias=torch.zeros(31)), "misshapen: 1 (conv_in.bias [31] instead of [32])"),
         _fit("unet", _put(conv_in__bias=torch.zeros(1, 32)), "misshapen: 1", "[1, 32]"),
         _fit("unet", _put(conv_in__bias=torch.tensor(1.0)), "misshapen: 1", "[] instead of [32]"),

@@ -27,6 +27,7 @@ import pytest
 import tiny_hub as tiny_hub_module
 import torch
 from conftest import largest_level_difference, make_mask, make_picture
+from lora_files import write
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_file import write_single_file
@@ -484,6 +485,59 @@ def test_a_fault_of_the_hub_is_one_line_in_bounded_time_and_the_next_run_heals_i
 
     tiny_hub.faults.clear()
     assert _read(user.run(hub.fetch, NAME, None, False)) == FAKE_PLAIN
+
+
+# ---- single files, VAEs and LoRAs in repositories ----
+
+
+def _single(model: str, *more: str) -> bytes:
+    painter = minpaint.load(model, device="cpu", dtype="fp32", vae=more[0] or None, lora=more[1:] or None)
+    return _painted(painter).tobytes()
+
+
+@pytest.mark.slow
+def test_a_file_of_a_repository_paints(
+    tiny_hub: TinyHub,
+    user: User,
+    copy: Callable[[str], Path],
+    tmp_path: Path,
+    reference: Image.Image,
+) -> None:
+    folder = copy("small-sd1")
+    path = write_single_file(folder, tmp_path / "one.safetensors", False)
+    tiny_hub.publish({"inpainting/model v1.safetensors": path.read_bytes(), "README.md": b"# A model"})
+    model = f"{NAME}/inpainting/model v1.safetensors"
+    for place in (model, f"{model}@main", f"{model}@{FIRST}"):
+        assert user.paint(place, "fp32", str(folder)).tobytes() == reference.tobytes()
+    assert tiny_hub.fetched().count("inpainting/model v1.safetensors") == 1
+    line = user.refused(f"{NAME}/no such.safetensors", tmp_path / "run")
+    assert f"{NAME}: has no no such.safetensors; look at its list of files" in line
+    assert "the hub has no such revision" in user.refused(f"{model}@no-such", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_vaes_loras_and_safety_checkers_of_repositories(
+    tiny_hub: TinyHub,
+    user: User,
+    plain: Files,
+    copy: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    lora = write(tmp_path / "pytorch_lora_weights.safetensors", folder := copy("small-sd1"), "kohya")
+    names = {"config.json": "vae/config.json", "diffusion_pytorch_model.safetensors": PLAIN[1]}
+    tiny_hub.publish(plain)
+    tiny_hub.publish({name: plain[file] for name, file in names.items()}, "who/vae")
+    tiny_hub.publish({lora.name: lora.read_bytes(), "sub/other.safetensors": lora.read_bytes()}, "who/lora")
+    tiny_hub.repositories[NAME].branches["refs/pr/3"] = tiny_hub.repositories[NAME].branches["main"]
+    local = minpaint.load(folder, device="cpu", dtype="fp32", lora=f"{lora}:0.5")
+    expected = _painted(local).tobytes()
+    for entry in ("who/lora:0.5", "who/lora/sub/other.safetensors:0.5"):
+        assert user.run(_single, f"{NAME}@refs/pr/3", "who/vae", entry) == expected
+    model = f"{NAME}@refs/pr/3"
+    assert user.run(_single, model, "who/vae", "who/lora:0.5", HF_HUB_OFFLINE="1") == expected
+    code, said = user.run(_command, [*_arguments(NAME, tmp_path / "run"), "--safety", "--quiet"])
+    assert code == 2
+    assert "has no safety_checker/config.json or safety_checker/model.safetensors" in said
 
 
 # ---- the catalogue and its checksums ----

@@ -112,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         files = repository.commits[commit]
         if asked["what"] == "resolve":
-            return self.resolve(commit, files, asked["file"])
+            return self.resolve(commit, files, unquote(asked["file"]))
         if asked["what"] == "tree":
             tree = [{"type": "file", "path": n, "size": len(b), "oid": sha256(b)} for n, b in files.items()]
             return self.answer(200, json.dumps(tree).encode())

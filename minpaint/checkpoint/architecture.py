@@ -6,13 +6,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from minpaint.checkpoint.tensorfile import Directory, Stored
+from minpaint.checkpoint.tensorfile import FLOATS, Directory, Stored, some
+from minpaint.errors import CheckpointError
 from minpaint.models.config import TextConfig, UNetConfig, VAEConfig
 from minpaint.models.text import build_text_encoder
 from minpaint.models.unet import UNet
 from minpaint.models.vae import VAE
 
+POSITIONS = "embeddings.position_ids"  # 0, 1, 2, ..., which CLIP's files store although they are computed
+# What names hold in some files, and hold here. diffusers before 0.12 named the VAE's attention differently
+# (models/autoencoders/autoencoder_kl.py); older transformers wrap CLIP's text model in one more module.
+OLD_NAMES = {
+    "unet": {},
+    "vae": {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."},
+    "text_encoder": {"text_model.": ""},
+}
 ENCODER = ("encoder.", "quant_conv.")  # names of the VAE's tensors that encoding needs
 
 
@@ -47,3 +57,43 @@ def split_vae(directories: dict[str, dict[str, Stored]]) -> dict[str, Directory]
         "unet": directories["unet"],
         "decoder": decoder,
     }
+
+
+def match_component(component: str, directory: Directory, model: nn.Module) -> dict[str, Stored]:
+    """Where each tensor of a model is stored, by the model's own names."""
+    stored: dict[str, Stored] = {}
+    for key, entry in directory.items():
+        name = _common_name(component, key)
+        if name in stored:
+            raise CheckpointError(
+                f"{component} ({entry.file.name}): {name} is stored under two names; get another copy"
+            )
+        if not name.endswith(POSITIONS):
+            stored[name] = entry
+    state = model.state_dict()
+    wanted = {_common_name(component, key): key for key in state if not key.endswith(POSITIONS)}
+    shapes = {name: tuple(state[key].shape) for name, key in wanted.items()}
+    there = [name for name in wanted if name in stored]
+    faults = {
+        "missing": [name for name in wanted if name not in stored],
+        "surplus": [name for name in stored if name not in wanted],
+        "misshapen": [
+            f"{name} {list(stored[name].shape)} instead of {list(shapes[name])}"
+            for name in there
+            if stored[name].shape != shapes[name]
+        ],
+        "not of a floating-point kind": [f"{n} {stored[n].kind}" for n in there if stored[n].kind not in FLOATS],
+    }
+    if told := [f"{fault}: {some(names)}" for fault, names in faults.items() if names]:
+        file = next(iter(stored.values())).file.name if stored else "weights"
+        raise CheckpointError(
+            f"{component} ({file}): tensors do not fit the configuration, get both from one place; {'; '.join(told)}"
+        )
+    return {key: stored[name] for name, key in wanted.items()}
+
+
+def _common_name(component: str, key: str) -> str:
+    """One name for a tensor that versions of the reference name differently."""
+    for old, new in OLD_NAMES[component].items():
+        key = key.replace(old, new)
+    return key

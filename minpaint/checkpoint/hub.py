@@ -93,10 +93,36 @@ def fetch(repository: str, revision: str | None, half: bool, known: Known | None
     return folder
 
 
+def fetch_file(repository: str, revision: str | None, name: str) -> Path:
+    """One file of a repository, from the hub or the cache."""
+    return _fetch_some(repository, revision, [name]) / name
+
+
+def fetch_vae(repository: str, revision: str | None) -> Path:
+    """The folder in the cache with a repository's VAE, whether it holds that alone or a whole checkpoint."""
+    names = ["config.json", *(f"{COMPONENTS['vae']}{kind}.safetensors" for kind in ("", ".fp16"))]
+    return _fetch_some(repository, revision, [*names, *(f"vae/{name}" for name in names)])
+
+
+def fetch_safety_checker(repository: str, revision: str | None) -> Path:
+    """The folder in the cache with a repository's safety checker."""
+    names = [f"safety_checker/{name}" for name in ("config.json", "model.safetensors", "model.fp16.safetensors")]
+    folder = _fetch_some(repository, revision, names[:2])
+    return folder if (folder / names[1]).is_file() else _fetch_some(repository, revision, names)
+
+
 def fetch_configs(repository: str, revision: str | None) -> Path:
     """The folder in the cache with a repository's configurations; nothing else is fetched."""
+    return _fetch_some(repository, revision, CONFIGS)
+
+
+def _fetch_some(repository: str, revision: str | None, names: Sequence[str]) -> Path:
+    """The folder in the cache with those of the files that a repository has; CheckpointError if it has none of them."""
     pinned = re.fullmatch(r"[0-9a-f]{40}", revision or "")  # a commit, which never changes
-    return (pinned and _cached(repository, revision, CONFIGS)) or _get(repository, revision, CONFIGS)
+    folder = (pinned and _cached(repository, revision, names)) or _get(repository, revision, names)
+    if not any((folder / name).is_file() for name in names):
+        raise CheckpointError(f"{repository}: has no {' or '.join(names[:2])}; look at its list of files")
+    return folder
 
 
 def fetch_tokenizer() -> Path:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from pathlib import Path
+from typing import Any
 
 from minpaint.checkpoint.configs import Configs, parse_configs
 from minpaint.checkpoint.tensorfile import Directory, Stored, read_directory, some
@@ -23,9 +25,10 @@ CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 IGNORED = re.compile(
     r"model_ema\..*|betas|alphas_cumprod|alphas_cumprod_prev|sqrt_.*|log_one_minus_alphas_cumprod"
     r"|posterior_.*|lvlb_weights|logvar|scale_factor|global_step"
-    r"|cond_stage_model\..*position_ids"
-    rf"|{re.escape(OPEN_CLIP)}(logit_scale|text_projection|attn_mask)"
+    rf"|cond_stage_model\..*position_ids|{re.escape(OPEN_CLIP)}attn_mask"
 )
+# What CLIP needs to compare texts with pictures: one number, and a square matrix.
+COMPARING = re.compile(r"cond_stage_model\.(model\.|transformer\.)?(logit_scale|text_projection(\.weight)?)")
 
 # For each prefix the parts of the names that follow it, as regular expressions, and the official
 # names. `_split` sees to the numbers of blocks. Sources: latent-diffusion, modules/diffusionmodules,
@@ -87,32 +90,64 @@ SCHEDULER = {  # of the official files
 Parts = dict[str, dict[str, Stored]]  # "unet", "vae", "text_encoder": each tensor by its official name
 
 
-def open_single_file(path: Path, configs: Configs | None) -> tuple[Configs, Parts, bool]:
-    """The configurations and tensors of a single file, and whether its text encoder is SD 2's OpenCLIP.
+@dataclass(frozen=True)
+class SingleFile:
+    """What is in a file: the configurations and tensors of the models, and the keys that are none of theirs.
 
-    Configurations that are not given are told from the tensors' shapes. CheckpointError if the
-    file cannot be read, is no single file, or holds tensors of no part of the model.
+    open_clip: whether the text encoder is SD 2's.
+    """
+
+    configs: Configs
+    parts: Parts
+    ignored: tuple[str, ...]
+    open_clip: bool
+
+
+def open_single_file(path: Path, configs: Configs | None, vae: Directory | None = None) -> SingleFile:
+    """The configurations and tensors of a single file.
+
+    Configurations that are not given are told from the tensors' shapes. vae: the tensors of
+    another one than the file's. CheckpointError if the file cannot be read, is no single file, or
+    holds tensors of no part of the model.
     """
     directory = read_directory(path)
     if not any(key.startswith(UNET) for key in directory):
+        averaged = any(key.startswith("model_ema.") for key in directory)
         raise CheckpointError(
-            f"{path}: not a whole checkpoint in latent diffusion's names (no {UNET}*); "
+            f"{path}: holds the averaged weights of a training only, without their names; get a file with {UNET}*"
+            if averaged
+            else f"{path}: not a whole checkpoint in latent diffusion's names (no {UNET}*); "
             f"for a part of one in diffusers layout give the folder"
         )
     open_clip = any(key.startswith(OPEN_CLIP) for key in directory)
-    parts = _split(directory, path)
+    parts, ignored = _split(directory, path)
+    parts["vae"] = parts["vae"] if vae is None else dict(vae)
+    if not parts["vae"]:
+        raise CheckpointError(f"{path}: holds no VAE (no {VAE}*); name one with --vae, a file, a folder or a hub id")
     if configs is None:
         configs = _tell_configs(parts, open_clip, path)
     if open_clip:  # SD 2 never runs the last layer, which most files hold nevertheless
         last = f"encoder.layers.{configs.text.num_hidden_layers}."
         parts["text_encoder"] = {k: stored for k, stored in parts["text_encoder"].items() if not k.startswith(last)}
-    return configs, parts, open_clip
+    return SingleFile(configs, parts, ignored, open_clip)
 
 
-def _split(directory: Directory, path: Path) -> Parts:
-    """Every tensor that is not ignored, under its official name."""
+def open_vae_file(path: Path) -> Directory:
+    """The tensors of the VAE in a file: that of a whole checkpoint, or one alone, in either kind of names."""
+    directory = read_directory(path)
+    if any(key.startswith(VAE) for key in directory):
+        directory = {key: stored for key, stored in directory.items() if key.startswith(VAE)}
+    elif any(key.startswith(("encoder.down.", "decoder.up.")) for key in directory):
+        directory = {VAE + key: stored for key, stored in directory.items()}
+    else:
+        return directory
+    return _split(directory, path)[0]["vae"]
+
+
+def _split(directory: Directory, path: Path) -> tuple[Parts, tuple[str, ...]]:
+    """Every tensor of a model under its official name; and the keys that are ignored, all averaged weights as one."""
     parts: Parts = {"unet": {}, "vae": {}, "text_encoder": {}}
-    strangers = []
+    strangers, ignored = [], Counter[str]()
     keys = "\n".join(directory)
     # The first block that reduces the size ends the first level; a UNet of one level has none.
     reducing = map(int, re.findall(r"\.input_blocks\.(\d{1,3})\.0\.op\.", keys))
@@ -120,7 +155,8 @@ def _split(directory: Directory, path: Path) -> Parts:
     layers = max(min(reducing, default=1 + max(blocks, default=0)) - 1, 0)
     levels = 1 + max(map(int, re.findall(r"\.decoder\.up\.(\d{1,3})\.", keys)), default=0)
     for key, stored in directory.items():
-        if IGNORED.fullmatch(key):
+        if IGNORED.fullmatch(key) or (COMPARING.fullmatch(key) and len(set(stored.shape)) <= 1):
+            ignored[re.sub(r"^model_ema\..*", "model_ema.*", key)] += 1
             continue
         prefix = next((prefix for prefix in NAMES if key.startswith(prefix)), None)
         if prefix is None:
@@ -146,7 +182,7 @@ def _split(directory: Directory, path: Path) -> Parts:
         parts[component].update(pieces)
     if strangers:
         raise CheckpointError(f"{path}: tensors that belong to no part of the model: {some(strangers)}")
-    return parts
+    return parts, tuple(f"{key} ({count} tensors)" if count > 1 else key for key, count in ignored.items())
 
 
 def _number_unet_block(name: str, layers: int) -> str:
@@ -172,7 +208,7 @@ def _tell_configs(parts: Parts, open_clip: bool, path: Path) -> Configs:
     of 64 channels (SD 2) or 8 heads (SD 1), the scheduler. SD 2's 4-channel models exist with
     both predictions; epsilon is assumed for them, with a warning.
     """
-    unet, vae, text = parts["unet"], parts["vae"], parts["text_encoder"]
+    unet, text = parts["unet"], parts["text_encoder"]
     try:
         linear = len(unet["mid_block.attentions.0.proj_in.weight"].shape) == 2
         channels = [stored.shape[0] for stored in _numbered(unet, "down_blocks.{}.resnets.0.conv2.weight")]
@@ -190,13 +226,6 @@ def _tell_configs(parts: Parts, open_clip: bool, path: Path) -> Configs:
             "attention_head_dim": [max(width // 64, 1) for width in channels] if linear else 8,
             "cross_attention_dim": unet["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
             "use_linear_projection": linear,
-        }
-        widths = [stored.shape[0] for stored in _numbered(vae, "encoder.down_blocks.{}.resnets.0.conv1.weight")]
-        vae_json = {
-            "block_out_channels": widths,
-            "layers_per_block": len(_numbered(vae, "encoder.down_blocks.0.resnets.{}.conv1.weight")),
-            "down_block_types": ["DownEncoderBlock2D"] * len(widths),
-            "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         }
         tokens, width = text["embeddings.token_embedding.weight"].shape
         layers = _numbered(text, "encoder.layers.{}.mlp.fc1.weight")
@@ -225,7 +254,21 @@ def _tell_configs(parts: Parts, open_clip: bool, path: Path) -> Configs:
             MinpaintWarning,
             stacklevel=2,
         )
-    return parse_configs(unet_json, vae_json, text_json, SCHEDULER | {"_class_name": kind})
+    return parse_configs(unet_json, _tell_vae(parts["vae"], path), text_json, SCHEDULER | {"_class_name": kind})
+
+
+def _tell_vae(vae: Directory, path: Path) -> dict[str, Any]:
+    """A VAE's configuration from its tensors' shapes."""
+    first = _numbered(vae, "encoder.down_blocks.{}.resnets.0.conv1.weight")
+    widths = [stored.shape[0] for stored in first if stored.shape]
+    if not widths:
+        raise CheckpointError(f"{path}: no VAE can be told from its tensors; get a VAE of Stable Diffusion 1 or 2")
+    return {
+        "block_out_channels": widths,
+        "layers_per_block": len(_numbered(vae, "encoder.down_blocks.0.resnets.{}.conv1.weight")),
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+    }
 
 
 def _numbered(part: Directory, name: str) -> list[Stored]:

@@ -27,8 +27,9 @@ STREAM = "-"  # stdin as an input, stdout as the output
 LARGEST_FILE = 1 << 30  # bytes of an input that are read; the pixels that Pillow accepts take less, uncompressed
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of the files that can be written
 WRITTEN = f"{', '.join(SUFFIXES)}; {{seed}} stands for the seed; - is stdout"
-MODELS = "tiny, sd15, sd2, owner/name[@revision] of the hub, a folder or a .safetensors file (default: tiny)"
+MODELS = "tiny, sd15, sd2, owner/name[/file.safetensors][@revision] of the hub, a folder or a file (default: tiny)"
 FILE, AUTO, SWITCH = {"metavar": "FILE"}, {"default": "auto"}, {"action": "store_true"}
+SAFETY = {"nargs": "?", "const": "refuse", "choices": ("refuse", "report")}
 ON_OFF = {"action": argparse.BooleanOptionalAction}
 
 
@@ -57,11 +58,19 @@ OPTIONS: list[Option] = [
     (WHAT, "-o --output", WRITTEN, {**FILE, "required": True}),
     (WHAT, "--like", "repeat the run that painted FILE; options given here take precedence", FILE),
     (MODEL, "--model", MODELS, {}),
+    (MODEL, "--vae", "take the VAE from a file, a folder or a hub id instead", {}),
+    (
+        MODEL,
+        "--lora",
+        "add a LoRA to the weights; may be given several times",
+        {"metavar": "FILE[:WEIGHT]", "action": "append"},
+    ),
     (MODEL, "--config", "configurations and tokenizer of a single-file model", {"metavar": "FOLDER"}),
     *_settings(MODEL),
     (MODEL, "--best", "of --count pictures, write the one whose seam shows least", SWITCH),
     *_settings(HOLE),
     (HOLE, "--explain-mask", "draw every stage of the mask side by side", FILE),
+    (MODEL, "--safety", "have the checkpoint's safety checker look; refuse (exit code 4), or report and write", SAFETY),
     (MACHINE, "--device", "auto, cpu, cuda[:N], xpu[:N] or mps (default: auto)", AUTO),
     (MACHINE, "--fast", "on CUDA, also use graphs, fused layers and channels last, which no GPU has tested", SWITCH),
     (MACHINE, "--dtype", "of the networks (default: auto)", {**AUTO, "choices": ("auto", "fp32", "bf16", "fp16")}),
@@ -72,8 +81,10 @@ OPTIONS: list[Option] = [
     (MACHINE, "--overwrite", "replace outputs that exist, --image itself if named", SWITCH),
     (MACHINE, "--record", "keep what repeats the run in the file (default: on)", {**ON_OFF, "default": True}),
 ]
-PLANNED = ("--model", "--config", "--guidance", "--count", "--device", "--fast", "--dtype", "--budget", "--json")
-REPEATED = {"model", "config", "image", "mask", "dtype", *(field.name for field in fields(Settings))}  # by --like
+PLANNED = "--model --vae --lora --config --guidance --count --device --fast --dtype --budget --json"
+REPEATED = {"model", "vae", "config", "image", "mask", "dtype"} | {
+    field.name for field in fields(Settings)
+}  # by --like
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,7 +109,7 @@ def make_parser(record: dict[str, Any] | None = None) -> argparse.ArgumentParser
     plan = verbs.add_parser("plan", help=summary, description=text)
     plan.add_argument("--size", default="512x512", metavar="WxH", help="what the network paints (default: 512x512)")
     for heading, names, text, more in OPTIONS:
-        for parent in [groups[heading], *([plan] if names in PLANNED else [])]:
+        for parent in [groups[heading], *([plan] if names in PLANNED.split() else [])]:
             # help is set afterwards, because argparse of Python 3.10 adds its own "(default: True)" to a switch's
             parent.add_argument(*names.split(), **more).help = text
     paint.set_defaults(repeats=record, **{name: value for name, value in (record or {}).items() if name in REPEATED})
@@ -128,6 +139,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         with without_chatter():
             record = read_record(source(options.like, "file"))
         options = make_parser(record).parse_args(arguments)
+        options.lora = options.lora or record.get("lora")  # argparse would add to a default
     for name in ("image", "prompt"):
         if getattr(options, name) is None:
             raise InputError(f"--{name} is missing; see python -m minpaint paint --help")

@@ -17,16 +17,20 @@ import torch
 from tqdm import tqdm
 
 from minpaint import __version__
-from minpaint.checkpoint.hub import fingerprint
+from minpaint.checkpoint.hub import fingerprint, sha256
+from minpaint.checkpoint.load import open_safety_checker
+from minpaint.checkpoint.safety import SafetyChecker, Verdict
 from minpaint.cli.options import STREAM, Note, source, without_chatter
 from minpaint.engine.budget import format_size
 from minpaint.engine.device import dtype_name
-from minpaint.errors import MinpaintError
+from minpaint.errors import MinpaintError, SafetyError
 from minpaint.painter import Painter, Painting, open_painter
 from minpaint.picture.explain import explain
 from minpaint.picture.frame import Frame, open_frame
 from minpaint.picture.saving import FORMATS, SAVING, Record, check_target, read_record, save
 from minpaint.samplers import Step
+
+BESIDE_CHECKER = 256 * 2**20  # bytes that a call of the safety checker and the paintings take beside its weights
 
 
 def paint(options: Namespace, note: Note) -> None:
@@ -39,9 +43,19 @@ def paint(options: Namespace, note: Note) -> None:
     told = record | {"seed": settings.seeds[-1]} if options.record else None
     check_target(options.targets[-1], frame, told, options.profile == "minpaint")
     # up to here everything was cheap to check; now come the weights
+    checker = open_safety_checker(options.model or "tiny") if options.safety else None
     painter = open_painter(
-        options.model or "tiny", options.device, options.dtype, options.budget, options.config, options.fast
+        options.model or "tiny",
+        options.device,
+        options.dtype,
+        options.budget,
+        options.config,
+        options.fast,
+        options.vae,
+        options.lora,
     )
+    settings = options.settings = painter.complete(settings)
+    record |= {"steps": settings.steps, "eta": settings.eta, "ignored": painter.ignored(settings)}
     note(f"{painter.name} on {painter.device}, {dtype_name(painter.dtype)}")
     if options.explain_mask is not None:
         views = painter.views(frame, settings)
@@ -49,10 +63,15 @@ def paint(options: Namespace, note: Note) -> None:
             note(f"the picture is painted in {len(views)} parts; {options.explain_mask} explains the first")
         save(explain(frame, views[0]), None, None, Path(options.explain_mask))
         note(f"wrote {options.explain_mask}")
+    if checker is not None:
+        painter.engine.require("the safety checker", checker.size + BESIDE_CHECKER)
     paintings = _paint(painter, frame, options)
+    verdicts = [] if checker is None else _judge(checker, painter, paintings, options.safety, note)
     if options.record or options.repeats:
         _complete(record, options, painter, note)
     outputs = _write(options, frame, paintings, record, note)
+    for output in outputs if verdicts else ():
+        output["safety"] = verdicts[output["seed"] - settings.seed]._asdict()
     last = painter.last_run
     assert last is not None
     memory = {"budget": last.plan.budget, "planned": last.plan.peak, "measured": last.measured}
@@ -62,6 +81,7 @@ def paint(options: Namespace, note: Note) -> None:
     if options.json:
         report: dict[str, Any] = {"version": __version__, "model": painter.name, "device": str(painter.device)}
         report |= {"dtype": dtype_name(painter.dtype), "memory": memory, **asdict(settings)}
+        report |= {"vae": options.vae, "lora": options.lora, "ignored": record["ignored"]}
         report |= {"sampler": settings.sampler or painter.scheduler_config.sampler, "steps_run": paintings[0].steps}
         print(json.dumps(report | {"seconds": round(seconds, 3), "outputs": outputs}))
 
@@ -94,6 +114,22 @@ def _paint(painter: Painter, frame: Frame, options: Namespace) -> list[Painting]
         return painter.paint(frame, options.settings, on_step, saving)
     finally:
         bar.close()
+
+
+def _judge(checker: SafetyChecker, painter: Painter, paintings: list[Painting], way: str, note: Note) -> list[Verdict]:
+    """What the safety checker says of each painting; SafetyError if one is flagged that is not to be written then."""
+    painter.engine.offload()
+    checker.load()
+    verdicts = [checker.check(painting.image) for painting in paintings]
+    for painting, verdict in zip(paintings, verdicts, strict=True):
+        if verdict.flagged:
+            told = f"the checkpoint's safety checker flags the painting with seed {painting.seed}"
+            if way == "refuse":
+                raise SafetyError(
+                    f"{told}, and nothing is written; change the seed or the prompt, or use --safety=report"
+                )
+            note(f"note: {told}")
+    return verdicts
 
 
 def _write(options: Namespace, frame: Frame, paintings: list[Painting], record: Record, note: Note) -> list[Record]:
@@ -130,6 +166,9 @@ def _record(options: Namespace, image: BytesIO, mask: BytesIO | None) -> Record:
         "minpaint": __version__,
         "model": options.model or "tiny",
         "model_sha256": "0" * 64,
+        "vae": options.vae,
+        "lora": options.lora,
+        "lora_sha256": ["0" * 64 for _ in options.lora or ()],
         "config": options.config,
         "image": options.image,
         "image_sha256": hashlib.sha256(image.getbuffer()).hexdigest(),
@@ -145,13 +184,19 @@ def _record(options: Namespace, image: BytesIO, mask: BytesIO | None) -> Record:
 
 def _complete(record: Record, options: Namespace, painter: Painter, note: Note) -> None:
     """Add to a record what the run has shown, and say what differs from the run repeated."""
-    record |= {"dtype": dtype_name(painter.dtype), "device": painter.device.type, "model_sha256": None}
+    record |= {
+        "dtype": dtype_name(painter.dtype),
+        "device": painter.device.type,
+        "model_sha256": None,
+        "lora_sha256": None,
+    }
     try:
         record["model_sha256"] = fingerprint(painter.files)
+        record["lora_sha256"] = [sha256(file) for file in painter.loras]
     except OSError as error:
         note(f"note: the record lacks the weights' SHA-256 ({error})")
     before = options.repeats or record
-    for name in ("model", "image", "mask"):
+    for name in ("model", "lora", "image", "mask"):
         key = f"{name}_sha256"
         if before.get(name) == record[name] and before.get(key) != record[key]:
             note(f"note: {name} {record[name]} is not what it was when the picture was painted first")

@@ -28,7 +28,9 @@ def plan(options: Namespace, note: Note) -> None:
     device = choose_device(options.device, absent=True)
     dtype = choose_dtype(options.dtype, device)
     budget = choose_budget(options.budget, device)
-    architecture = outline(options.model, dtype_name(dtype) == "fp16", options.config)
+    architecture = outline(
+        options.model, dtype_name(dtype) == "fp16", options.config, vae=options.vae, lora=options.lora
+    )
     planner = Planner(architecture, device, dtype, fast=options.fast)
     factor, native = planner.architecture.vae.factor, planner.architecture.unet.sample_size
     width, height = (-(-int(side) // factor) * factor for side in size.groups())

@@ -43,7 +43,7 @@ UNFINISHED = ".minpaint-part"  # ends the names of files that are being written
 SAVING = {"PNG": 8, "JPEG": 15, "WEBP": 35, "TIFF": 8}
 COMPARED = 2**20  # pixels that are compared at a time
 RECORD = "minpaint"  # keyword of the record's PNG text chunk, and a key of every record
-TEXTS = ("model", "config", "image", "mask", "dtype")  # fields of a record that are text, or null
+TEXTS = ("model", "vae", "config", "image", "mask", "dtype")  # fields of a record that are text, or null
 NO_TEXT = (RECORD, "XML:com.adobe.xmp")  # text chunks that are not carried over as they are
 EXIF_FOLDER, GPS_FOLDER, USER_COMMENT, ASCII = 0x8769, 0x8825, 0x9286, b"ASCII\0\0\0"
 INFO = ("icc_profile", "dpi", "xmp", "comment")  # metadata that Pillow takes as options by these names
@@ -182,10 +182,15 @@ def read_record(source: ImageSource) -> Record:
         record = json.loads(text)
     except Exception:  # there is none, the EXIF is damaged, or it is nested too deeply
         record = None
-    wrong = (name for name in TEXTS if not isinstance(record, dict) or not isinstance(record.get(name), str | None))
-    if not isinstance(record, dict) or RECORD not in record or any(wrong):
+    if not isinstance(record, dict) or RECORD not in record or not _is_well_formed(record):
         raise InputError(f"{name_of(source, 'file')} holds no record of a painting; only files that minpaint wrote do")
     return record
+
+
+def _is_well_formed(record: Record) -> bool:
+    lora = record.get("lora") or []
+    texts = [record.get(name) for name in TEXTS]
+    return isinstance(lora, list) and all(value is None or isinstance(value, str) for value in (*texts, *lora))
 
 
 def _write(image: Image.Image, frame: Frame | None, record: Record | None, kind: str, file: BinaryIO) -> Receipt | None:
