@@ -32,8 +32,8 @@ class SchedulerConfig:
 
     named: the sampler that the file names, or, where `exact` is false, the nearest of ours; None
         if none is near. eta: the randomness that this sampler has there.
-    refused: what the file asks of a sampler that this one cannot do, for those of which that is so.
-    ignored: the settings in the file that have no effect on a sampler.
+    refused: by sampler, what the file asks of it that it cannot do. ignored: by sampler, the
+        settings in the file that have no effect on it.
     original_steps: the number of timesteps that a latent consistency model was trained at.
     """
 

@@ -262,7 +262,8 @@ def with_options(readme: str) -> str:
         value = given.get("metavar") or "\\|".join(given.get("choices", ())) or names[-1].strip("-").upper()
         if given.get("action") is argparse.BooleanOptionalAction:
             names.append(f"--no-{names[0][2:]}")
-        lines.append(f"| `{', '.join(names)}{'' if 'action' in given else f' {value}'}` | {text} |")
+        takes = "action" not in given or "metavar" in given
+        lines.append(f"| `{', '.join(names)}{f' {value}' if takes else ''}` | {text} |")
     start, end = "<!-- options -->\n", "\n<!-- /options -->\n"
     before, after = readme.split(start)[0], readme.split(end)[1]
     return before + start + "\n".join(lines) + end + after

@@ -244,6 +244,16 @@ def test_what_was_used_is_in_the_record_and_repeated(
     assert f"note: lora ['{lora}:0.5'] is not what it was when the picture was painted first" in capsys.readouterr().err
 
 
+def test_a_mistyped_file_in_a_folder_here_is_not_looked_for_in_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "sd").mkdir(parents=True)
+    for option in ({"model": "models/sd/typo.safetensors"}, {"model": "tiny", "vae": "models/sd/typo.safetensors"}):
+        with pytest.raises(InputError, match="no such file or folder"):
+            load(**option)
+
+
 @pytest.mark.parametrize("entry", ["/no/such.safetensors", "./no.safetensors:2", "no such file"])
 def test_a_lora_that_is_not_there_is_refused(entry: str) -> None:
     with pytest.raises(InputError, match=r"no such file; name one, or owner/name\[/file\.safetensors\] of the hub"):

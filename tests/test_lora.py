@@ -20,7 +20,7 @@ from torch import Tensor
 from minpaint.checkpoint.load import describe, load_checkpoint
 from minpaint.checkpoint.lora import split_weight
 from minpaint.checkpoint.tensorfile import piece_buffer, read_into
-from minpaint.errors import InputError
+from minpaint.errors import CheckpointError, InputError
 
 Folders = Callable[[str], Path]
 WEIGHT = 0.7
@@ -169,6 +169,9 @@ NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
         (change(f"{NAME}.lora_mid.weight", torch.ones(4, 4, 3, 3)), "makes it a LoCon"),
         (change(f"{NAME}.lora_A.weight", torch.ones(4, 64)), "stored under two names"),
         (change(f"{NAME}.lora_down.weight", torch.ones(4, 64, dtype=torch.int8)), "kind I8"),
+        (change(f"{NAME}.lora_down.weight", torch.tensor(1.0)), "do not fit unet's down_blocks.0"),
+        (change(f"{NAME}.lora_up.weight", torch.tensor(1.0)), "do not fit unet's down_blocks.0"),
+        (change(f"{NAME}.alpha", torch.ones(4)), "an alpha is more than one number"),
     ],
 )
 def test_what_does_not_fit_is_refused(checkpoint: Folders, tmp_path: Path, alter: Any, told: str) -> None:
@@ -179,6 +182,32 @@ def test_what_does_not_fit_is_refused(checkpoint: Folders, tmp_path: Path, alter
     assert "\n" not in message
     with pytest.raises(ValueError, match=told):
         load(checkpoint("small-sd1"), lora=str(path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ('{"unet.alpha_pattern": 5}', "alpha_pattern 5 .* not supported"),
+        ('{"unet.lora_alpha": "8"}', "lora_alpha '8' are not supported"),
+        ('{"unet.lora_alpha": NaN}', "alpha nan of .* is not finite"),
+        ('{"unet.use_dora": true}', "use_dora.* not supported"),
+        ("[" * 100_000, "lora_adapter_metadata cannot be read"),
+        ("[]", "lora_adapter_metadata cannot be read"),
+    ],
+)
+def test_bad_settings_of_peft_are_refused(checkpoint: Folders, tmp_path: Path, settings: str, told: str) -> None:
+    path = write(
+        tmp_path / "my.safetensors", checkpoint("small-sd1"), "peft", text=False, lora_adapter_metadata=settings
+    )
+    with pytest.raises(CheckpointError, match=rf"^lora my\.safetensors: .*{told}"):
+        describe(checkpoint("small-sd1"), lora=str(path))
+
+
+def test_an_argument_that_names_no_lora_is_refused() -> None:
+    with pytest.raises(InputError, match="lora 5 is neither a file nor a list of files"):
+        load("tiny", lora=5)
+    with pytest.raises(InputError, match="cannot be used"):
+        load("tiny", lora="x" * 5000 + ".safetensors:0.5")
 
 
 def test_a_lora_of_another_family_is_refused(checkpoint: Folders, tmp_path: Path) -> None:

@@ -84,9 +84,8 @@ VAE_FIXED: Json = {
     "latent_channels": 4,
     "act_fn": "silu",
     **dict.fromkeys(("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), True),
-    **dict.fromkeys(
-        ("sample_size", "force_upcast", "torch_dtype", "dtype"), ANY
-    ),  # of the training, and a hint to pipelines of other models
+    **dict.fromkeys(("sample_size", "force_upcast"), ANY),  # of the training, and a hint to pipelines of other models
+    **dict.fromkeys(("torch_dtype", "dtype"), ANY),  # of the files
 }
 
 TEXT_FIELDS = {

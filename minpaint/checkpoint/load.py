@@ -217,8 +217,8 @@ def _place_in_hub(model: str) -> Place | None:
     match, path = HUB_ID.fullmatch(model), _expand(model)
     if not match or path.exists() or model.startswith((".", "~", "/")):
         return None
-    if not match["file"] and path.suffix in WEIGHT_SUFFIXES:
-        return None
+    if path.parent.is_dir() if match["file"] else path.suffix in WEIGHT_SUFFIXES:
+        return None  # a file here whose name is mistyped
     return Place(match["repository"], match["revision"], match["file"])
 
 
@@ -252,7 +252,7 @@ def _open_vae(vae: str | Path | None, half: bool) -> OneVAE | None:
 
 def _open_lora(entry: str | Path) -> tuple[Path, float]:
     """The file and the weight of a LoRA; FILE may also be one of a repository of the hub."""
-    name, weight = split_weight(str(entry))
+    name, weight = split_weight(str(_expand(entry)))
     path, place = _expand(name), _place_in_hub(name)
     if place:
         path = hub.fetch_file(place.repository, place.revision, place.file or LORA_FILE)
@@ -314,7 +314,10 @@ def _match(name: str, found: Found, vae: OneVAE | None, lora: LoRAs) -> Checkpoi
     parts = {
         component: match_component(component, directories[component], model) for component, model in models.items()
     }
-    loras = [_open_lora(entry) for entry in ([lora] if isinstance(lora, (str, Path)) else lora or ())]
+    entries = [lora] if isinstance(lora, (str, Path)) else lora or ()
+    if not isinstance(entries, Iterable):
+        raise InputError(f"lora {lora!r} is neither a file nor a list of files")
+    loras = [_open_lora(entry) for entry in entries]
     for path, weight in loras:
         parts = add_lora(parts, path, weight)
     return Checkpoint(

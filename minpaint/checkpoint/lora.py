@@ -28,13 +28,7 @@ KEY = re.compile(
 )
 PARTS = {"unet": "unet", "lora_unet": "unet", "text_encoder": "text_encoder", "lora_te": "text_encoder"}
 ROLES = {"A": "down", "B": "up"}
-OTHER_KINDS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "lora_mid": "LoCon",
-}
+OTHER_KINDS = {"dora_scale": "DoRA", "magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "lora_mid": "LoCon"}
 
 Parts = Mapping[str, Mapping[str, Stored]]  # "unet", "text_encoder": where each tensor of the model is stored
 
@@ -90,21 +84,22 @@ def add_lora(parts: Parts, path: Path, weight: float) -> dict[str, dict[str, Sto
             f"is it for another family, such as SDXL?"
         )
     alphas = dict(read_tensors({key: pair["alpha"] for (_, key), pair in pairs.items() if "alpha" in pair}))
+    if long := [key for key, alpha in alphas.items() if alpha.numel() != 1]:
+        raise CheckpointError(f"lora {name}: an alpha is more than one number: {some(long)}; get another copy")
     changed = {part: dict(stored) for part, stored in parts.items()}
     for (part, key), pair in pairs.items():
         module = key.removesuffix(".weight")
         if not {"up", "down"} <= pair.keys():
             raise CheckpointError(f"lora {name}: half of the change of {module} is missing; get another copy")
         stored, up, down = parts[part][key], pair["up"], pair["down"]
-        rank = down.shape[0]
-        wanted = (stored.shape[0], rank), (rank, stored.count // stored.shape[0])
-        found = (up.shape[0], up.count // up.shape[0]), (rank, down.count // rank)
-        if found != wanted or len(stored.shape) < 2:
+        rank = down.shape[0] if down.shape else 0
+        wanted = stored.shape[:1], rank * stored.shape[0], stored.count * rank
+        if (up.shape[:1], up.count, down.count * stored.shape[0]) != wanted or len(stored.shape) < 2:
             raise CheckpointError(
                 f"lora {name}: {pair['up'].key} {list(up.shape)} and its down {list(down.shape)} do not fit "
                 f"{part}'s {module} {list(stored.shape)}; it is for another family of checkpoints"
             )
-        alpha = float(alphas[key]) if key in alphas else _peft_alpha(peft, part, module, rank)
+        alpha = float(alphas[key]) if key in alphas else _peft_alpha(name, peft, part, module, rank)
         if not math.isfinite(alpha):
             raise CheckpointError(f"lora {name}: alpha {alpha} of {module} is not finite; get another copy")
         change = LowRank(up, down, weight * alpha / rank)
@@ -127,20 +122,21 @@ def _peft_settings(path: Path) -> dict[str, Any]:
         text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
     try:
         settings = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise CheckpointError(f"lora {path.name}: its lora_adapter_metadata cannot be read; get another copy")
     return settings
 
 
-def _peft_alpha(settings: Mapping[str, Any], part: str, module: str, rank: int) -> float:
+def _peft_alpha(name: str, settings: Mapping[str, Any], part: str, module: str, rank: int) -> float:
     """The alpha of a module that has none in the file; its rank, and so a scale of 1, if nothing says it."""
     own = {key.removeprefix(f"{part}."): value for key, value in settings.items()}
-    alpha = own.get("lora_alpha", rank)
-    for pattern, value in (own.get("alpha_pattern") or {}).items():
+    alpha, patterns = own.get("lora_alpha", rank), own.get("alpha_pattern") or {}
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         if f".{module}".endswith(f".{pattern}"):
             alpha = value
-    if own.get("use_dora") or type(alpha) not in (int, float):
-        raise CheckpointError(f"lora: settings of PEFT with use_dora or lora_alpha {alpha!r} are not supported")
+    if own.get("use_dora") or type(alpha) not in (int, float) or not isinstance(patterns, dict):
+        told = f"PEFT's settings with use_dora, alpha_pattern {patterns!r} or lora_alpha {alpha!r} are not supported"
+        raise CheckpointError(f"lora {name}: {told}")
     return float(alpha) * (math.sqrt(rank) if own.get("use_rslora") else 1.0)

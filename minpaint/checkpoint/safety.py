@@ -35,7 +35,6 @@ CARE = 0.01  # by how much the thresholds are lowered
 # of CLIP's training (transformers/image_utils.py, OPENAI_CLIP_MEAN and OPENAI_CLIP_STD)
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-
 VISION_FIELDS = {  # of its CLIP vision model: transformers/models/clip/configuration_clip.py, CLIPVisionConfig
     "hidden_act": choice("hidden_act", "quick_gelu", "quick_gelu", "gelu"),
     "hidden_size": count("hidden_size", 768),
@@ -75,9 +74,9 @@ class SafetyChecker:
             self.model: nn.Module = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
             for kind in ("concept", "special_care"):
                 vectors = stored.get(f"{kind}_embeds")
-                number = vectors.shape[0] if vectors and vectors.shape else 1
-                self.model.register_buffer(f"{kind}_embeds", torch.empty(number, config["projection_dim"]))
-                self.model.register_buffer(f"{kind}_embeds_weights", torch.empty(number))
+                concepts = vectors.shape[0] if vectors and vectors.shape else 1
+                self.model.register_buffer(f"{kind}_embeds", torch.empty(concepts, config["projection_dim"]))
+                self.model.register_buffer(f"{kind}_embeds_weights", torch.empty(concepts))
         self.model.requires_grad_(False).train(False)
         state = {key: value for key, value in self.model.state_dict().items() if not key.endswith("position_ids")}
         names = {_common_name(key): key for key in state}
@@ -98,6 +97,8 @@ class SafetyChecker:
         for key, stored in self.stored.items():
             weight = empty_pages(stored.shape, torch.float32)
             read_into(stored, weight, buffer)
+            if not bool(weight.isfinite().all()):  # no comparison with NaN would ever flag anything
+                raise CheckpointError(f"{stored.file}: {stored.key} holds NaN or infinity; fetch it again")
             assign(self.model, key, weight)
         for name, ids in list(self.model.named_buffers()):
             if name.endswith("position_ids"):
@@ -117,10 +118,9 @@ class SafetyChecker:
 
     def _pixels(self, picture: Image.Image) -> Tensor:
         """The middle square of a picture, as CLIP was trained on it (transformers, CLIPImageProcessor)."""
-        width, height = picture.size
-        scale = self.side / min(width, height)
-        scaled = picture.convert("RGB").resize((int(width * scale), int(height * scale)), Image.Resampling.BICUBIC)
-        left, top = (scaled.width - self.side) // 2, (scaled.height - self.side) // 2
+        width, height = (self.side * length // min(picture.size) for length in picture.size)
+        scaled = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - self.side) // 2, (height - self.side) // 2
         square = scaled.crop((left, top, left + self.side, top + self.side))
         numbers = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(self.side, self.side, 3) / 255
         return ((numbers - torch.tensor(MEAN)) / torch.tensor(DEVIATION)).permute(2, 0, 1)[None]

@@ -188,9 +188,9 @@ def read_record(source: ImageSource) -> Record:
 
 
 def _is_well_formed(record: Record) -> bool:
+    """Whether the fields that name files are text, and LoRAs a list of texts."""
     lora = record.get("lora") or []
-    texts = [record.get(name) for name in TEXTS]
-    return isinstance(lora, list) and all(value is None or isinstance(value, str) for value in (*texts, *lora))
+    return isinstance(lora, list) and all(isinstance(each, str | None) for each in (*map(record.get, TEXTS), *lora))
 
 
 def _write(image: Image.Image, frame: Frame | None, record: Record | None, kind: str, file: BinaryIO) -> Receipt | None:
