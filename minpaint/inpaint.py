@@ -92,8 +92,10 @@ def inpaint(
 
     # 3. Denoise.
     context = context.repeat_interleave(len(x), dim=0)  # [n or 2n, tokens, D]
+    halves: tuple[Tensor | None, ...] = (None, None)  # eps without and with the prompt, of the last call
 
     def model(x: Tensor, t: float) -> Tensor:
+        nonlocal halves
         inputs = x if conditioning is None else torch.cat([x, conditioning], dim=1)
         if guided:
             inputs = torch.cat([inputs, inputs])  # once for each prompt
@@ -101,9 +103,11 @@ def inpaint(
         if not guided:
             return output
         without, with_prompt = output.chunk(2)
+        halves = tuple(schedule.split(each, x, t)[1] for each in (without, with_prompt))
         return without + guidance * (with_prompt - without)
 
-    yield from sampler(model, x, schedule, eta, partial(noise, shape), keep)
+    for step in sampler(model, x, schedule, eta, partial(noise, shape), keep):
+        yield step._replace(eps_uncond=halves[0], eps_cond=halves[1])
 
 
 def put_back(picture: Tensor, noise: Tensor, cells: Tensor, schedule: Schedule, x: Tensor, t: float | None) -> Tensor:

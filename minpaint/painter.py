@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -32,6 +32,9 @@ from minpaint.picture.view import ReferenceView, View, choose_views
 from minpaint.samplers import SAMPLERS, Step
 from minpaint.schedule import Schedule, make_schedule
 from minpaint.settings import Settings
+
+if TYPE_CHECKING:
+    from minpaint.study.watch import Attend, Patch, Seen
 
 STEPS, STEPS_OF_LCM = 50, 4  # by default
 GUIDANCE_OF_LCM = 2.0  # the most that its models, whose teacher was guided, take without burning the colours
@@ -103,6 +106,7 @@ class Painter:
         self.device, self.dtype = device, dtype
         self.engine = Engine(checkpoint, device, dtype, budget, fast)
         self.last_run: Run | None = None
+        self.around: Callable[[Networks], Networks] = lambda networks: networks  # study/ sees every call through it
         self._turn = threading.Lock()  # held for a run, and let go by whichever thread drops unfinished steps
         self._painting_in: int | None = 0  # the thread that paints; None for steps, which any may take; 0 for none
 
@@ -143,7 +147,7 @@ class Painter:
         else: InputError. A call in another thread is different, it ends, and is waited for.
         """
         settings = Settings(prompt, **options)
-        job = self._job(open_frame(image, mask, settings), settings)
+        job = self.job(open_frame(image, mask, settings), settings)
         with self._run(job, threading.get_ident()):
             pass  # planned here too, so that a budget is refused now and not at the first step
 
@@ -161,7 +165,7 @@ class Painter:
 
         saving: bytes for each pixel that saving a painting takes (saving.SAVING), to be kept within the budget too.
         """
-        job, calls = self._job(frame, settings, saving), 0
+        job, calls = self.job(frame, settings, saving), 0
         with self._run(job, threading.get_ident()) as networks:
             for reached in self._denoise(job, networks):
                 calls += 1
@@ -177,6 +181,17 @@ class Painter:
             seam = seam_error(image.crop(box), hole.crop(box))
             paintings.append(Painting(image, latents.cpu().clone(), seed, calls, seam))
         return paintings
+
+    def watch(
+        self,
+        record: str | Sequence[str] = (),
+        attend: Attend | None = None,
+        patch: Mapping[str, Patch] | None = None,
+    ) -> AbstractContextManager[Seen]:
+        """See into the UNet of all runs in a `with` statement, and change what it does (study/watch.py)."""
+        from minpaint.study.watch import watch
+
+        return watch(self, record, attend, patch)
 
     def complete(self, settings: Settings) -> Settings:
         """Settings with steps and eta: where they are not given, those of the sampler that will be used."""
@@ -230,7 +245,7 @@ class Painter:
             saving=saving,
         )
 
-    def _job(self, frame: Frame, settings: Settings, saving: int = 0) -> Job:
+    def job(self, frame: Frame, settings: Settings, saving: int = 0) -> Job:
         """Check all that can be wrong with a request before any work is done."""
         config = self.scheduler_config
         settings = self.complete(settings)
@@ -252,7 +267,7 @@ class Painter:
         return Job(settings, frame, views, frame.begin(), sampler, schedule, request)
 
     @contextmanager
-    def _run(self, job: Job, thread: int | None) -> Iterator[Run]:
+    def _run(self, job: Job, thread: int | None) -> Iterator[Networks]:
         """A job's run, planned now, once the painter is free: runs share networks and budget."""
         while not self._turn.acquire(timeout=0.1):
             if self._painting_in in (threading.get_ident(), None):
@@ -264,7 +279,7 @@ class Painter:
             networks = PlainNetworks(self.unet, self.vae, self.text_encoder, self.tokenizer)
             self.last_run = self.engine.run(job.request, networks)
             with self.last_run as run:
-                yield run
+                yield self.around(run)
         finally:
             self._painting_in = 0
             self._turn.release()

@@ -33,6 +33,8 @@ class Step(NamedTuple):
     i: number of the call, from 0. t: its timestep. x: latents [B, 4, h, w] after the move.
     x0, eps: the clean latents and the noise that the network predicted in this call.
     total: how many calls the run makes.
+    eps_uncond, eps_cond: eps without and with the prompt, before guidance made one of the two;
+    None without guidance.
     """
 
     i: int
@@ -41,6 +43,8 @@ class Step(NamedTuple):
     x0: Tensor
     eps: Tensor
     total: int
+    eps_uncond: Tensor | None = None
+    eps_cond: Tensor | None = None
 
 
 def keep_nothing(x: Tensor, t: float | None) -> Tensor:
