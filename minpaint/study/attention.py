@@ -13,6 +13,7 @@ prompt. Shapes as in models/attention.py: b batch, h heads, n query tokens, m ke
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -31,8 +32,8 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 
     Vaswani et al. 2017 (arXiv:1706.03762), equation 1. The sum over m is 1.
     """
-    products: Tensor = q.float() @ k.float().transpose(-1, -2)
-    return (products / q.shape[-1] ** 0.5).softmax(dim=-1)
+    products = q.float() @ k.float().transpose(-1, -2)
+    return (products / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
 
 def word_positions(tokenizer: Any, prompt: str) -> list[tuple[str, list[int]]]:
