@@ -58,7 +58,7 @@ class Seen(Mapping[str, "list[Halves]"]):
     def __init__(self) -> None:
         self.outputs: dict[str, list[Halves]] = {}
         self.step: int | None = None
-        self.rows = slice(0)
+        self.rows = slice(0, 0)
         self.guided = False
         self.calls = 0
 
@@ -81,7 +81,7 @@ class WatchedNetworks:
 
     def unet(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         seen = self.seen
-        seen.step, seen.guided, seen.rows = seen.calls, self.guided, slice(0)
+        seen.step, seen.guided, seen.rows = seen.calls, self.guided, slice(0, 0)
         try:
             output = self.networks.unet(x, t, context)
             if seen.rows.stop != len(x):  # after a failure the engine begins again, with smaller batches
