@@ -77,6 +77,7 @@ class Trace:
         positions of their tokens. embeddings: by prompt, [1, tokens, D] float32.
     calls: for every call of a network, in order, its phase, the seconds it took, and the most bytes that the run
         had taken by then.
+    run: the painter's, with its plan and the memory it took.
     to_rgb: the linear map from latents to colours that fits this checkpoint's VAE best, [5, 3]: a weight for each
         latent channel and a constant, to pixels in [-1, 1].
     """
@@ -89,12 +90,7 @@ class Trace:
     calls: list[tuple[str, float, int]] = field(default_factory=list)
     to_rgb: Tensor = field(default_factory=lambda: torch.zeros(LATENT_CHANNELS + 1, 3))
     paintings: list[Painting] = field(default_factory=list)
-
-    @property
-    def run(self) -> Run:
-        run = self.painter.last_run
-        assert run is not None
-        return run
+    run: Run = field(init=False)
 
     def colours(self, latents: Tensor) -> Tensor:
         """Latents [n, 4, y, x], scaled -> about the picture they stand for, [n, 3, y, x] in [-1, 1], a pixel a cell."""
@@ -149,6 +145,8 @@ class _Recorder:
         self, networks: Networks, trace: Trace, pairs: list[tuple[Tensor, Tensor]], frame: Frame, decodes: bool
     ) -> None:
         self.networks, self.trace, self.pairs, self.frame, self.decodes = networks, trace, pairs, frame, decodes
+        assert trace.painter.last_run is not None
+        trace.run = trace.painter.last_run
         self.scaling = trace.painter.vae_config.scaling_factor
 
     def embed(self, prompt: str) -> Tensor:
