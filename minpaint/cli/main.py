@@ -29,6 +29,7 @@ from minpaint.errors import (
 
 STOPPED = "stopped; nothing half-written is left"
 VERBS = {None: "demo:demo", "paint": "paint:paint", "plan": "plan:plan", "info": "paint:info"}
+VERBS |= {"trace": "study:trace", "compare": "study:compare"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,7 +92,7 @@ def _run(arguments: list[str] | None, stoppable: bool) -> None:
     if sys.stdout is None and (printed or getattr(options, "output", None) == STREAM):
         raise InputError("stdout is closed, where the result is to be written; leave it open")
     note: Note = (lambda line: None) if quiet else _say
-    if options.verb == "paint" and options.model is None:
+    if options.verb in ("paint", "trace") and options.model is None:
         note("no --model given: using tiny, the bundled toy model")
     # the libraries read these variables when they are imported, and then keep their own messages to themselves
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import sys
 import tempfile
 import warnings
@@ -26,6 +27,7 @@ Note = Callable[[str], None]  # says one line on stderr; with --quiet it says no
 STREAM = "-"  # stdin as an input, stdout as the output
 LARGEST_FILE = 1 << 30  # bytes of an input that are read; the pixels that Pillow accepts take less, uncompressed
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of the files that can be written
+PAGES = (".html", ".htm")
 WRITTEN = f"{', '.join(SUFFIXES)}; {{seed}} stands for the seed; - is stdout"
 MODELS = "tiny, sd15, sd2, owner/name[/file.safetensors][@revision] of the hub, a folder or a file (default: tiny)"
 FILE, AUTO, SWITCH = {"metavar": "FILE"}, {"default": "auto"}, {"action": "store_true"}
@@ -81,10 +83,19 @@ OPTIONS: list[Option] = [
     (MACHINE, "--overwrite", "replace outputs that exist, --image itself if named", SWITCH),
     (MACHINE, "--record", "keep what repeats the run in the file (default: on)", {**ON_OFF, "default": True}),
 ]
+UNTRACED = ("-o --output", "--best", "--safety", "--explain-mask", "--record")  # of paint, which a trace has no use for
+TRACED: list[Option] = [
+    (WHAT, "-o --output", "the page (default: trace.html)", {**FILE, "default": "trace.html"}),
+    (WHAT, "--raw", "also write all tensors as safetensors into this folder", {"metavar": "FOLDER"}),
+    (WHAT, "--versus", "compare with the same run with these options added, in one string", {"metavar": "OPTIONS"}),
+]
 PLANNED = "--model --vae --lora --config --guidance --count --device --fast --dtype --budget --json"
 REPEATED = {"model", "vae", "config", "image", "mask", "dtype"} | {
     field.name for field in fields(Settings)
 }  # by --like
+
+
+COMPARE = "Repeat the runs that painted two files, and show in one HTML page where they part and by how much."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,26 +106,40 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(record: dict[str, Any] | None = None) -> argparse.ArgumentParser:
-    """The parser of all verbs; the defaults of `paint` are those of the record that --like repeats, if any."""
+    """The parser of all verbs; a record that --like repeats gives `paint` and `trace` their defaults."""
     text = "Stable Diffusion inpainting. Without a verb: repaint the bundled example."
     parser = _Parser(prog="python -m minpaint", description=text)
     parser.add_argument("--version", action="version", version=f"minpaint {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
     text = "Repaint the white part of a mask from a prompt."
     paint = verbs.add_parser("paint", help="repaint the white part of a mask from a prompt", description=text)
-    groups = {heading: paint.add_argument_group(heading) for heading in (WHAT, MODEL, HOLE, MACHINE)}
+    text = "Paint, and show in one HTML page what happens between the prompt and the picture."
+    trace = verbs.add_parser("trace", help="show what happens in a run, step by step", description=text)
+    headings = (WHAT, MODEL, HOLE, MACHINE)
+    groups, traced = ({name: verb.add_argument_group(name) for name in headings} for verb in (paint, trace))
     summary = "say what a run will take, and how it will keep within a budget"
     text = """Predict the memory of a run from a checkpoint's shapes; no weights are read, none fetched.
         A device that this machine lacks is planned for too."""
     plan = verbs.add_parser("plan", help=summary, description=text)
     plan.add_argument("--size", default="512x512", metavar="WxH", help="what the network paints (default: 512x512)")
     for heading, names, text, more in OPTIONS:
-        for parent in [groups[heading], *([plan] if names in PLANNED.split() else [])]:
+        parents = [groups[heading], *([plan] if names in PLANNED.split() else [])]
+        for parent in [*parents, *([] if names in UNTRACED else [traced[heading]])]:
             # help is set afterwards, because argparse of Python 3.10 adds its own "(default: True)" to a switch's
             parent.add_argument(*names.split(), **more).help = text
-    paint.set_defaults(repeats=record, **{name: value for name, value in (record or {}).items() if name in REPEATED})
+    for heading, names, text, more in TRACED:
+        traced[heading].add_argument(*names.split(), help=text, **more)
+    for verb in (paint, trace):
+        verb.set_defaults(repeats=record, **{name: value for name, value in (record or {}).items() if name in REPEATED})
     plan.set_defaults(model="tiny")
     text = "Print the record that minpaint left in a file."
+    compare = verbs.add_parser("compare", help="show where two painted files' runs part", description=COMPARE)
+    compare.add_argument("files", metavar="FILE", nargs=2, help="a picture that minpaint wrote; its run is repeated")
+    text = "the page (default: compare.html)"
+    compare.add_argument("-o", "--output", default="compare.html", metavar="FILE", help=text)
+    for _, name, text, _ in OPTIONS:
+        if name in ("--json", "--quiet", "--overwrite"):
+            compare.add_argument(name, action="store_true", help=text)
     info = verbs.add_parser("info", help="print how a picture was painted", description=text)
     info.add_argument("file", metavar="FILE", help="a picture that minpaint wrote; - reads stdin")
     info.add_argument("--json", action="store_true", help="print it as one JSON object")
@@ -124,14 +149,17 @@ def make_parser(record: dict[str, Any] | None = None) -> argparse.ArgumentParser
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options of a verb, as attributes.
 
-    For `paint` also `settings`, the Settings; `targets`, the file for each painting, or "-"; and
-    `repeats`, the record of the file that --like names or None: that run's options replace the defaults.
+    For `paint` and `trace` also `settings`, the Settings, and `repeats`, the record of the file that --like names or
+    None: that run's options replace the defaults. For `paint` also `targets`, the file for each painting, or "-".
+    For `trace` also `other`, the options of the run to compare with, or None.
 
     Raises:
         InputError: options that are unknown, missing, wrong or contradict each other.
     """
     options = make_parser().parse_args(arguments)
-    if options.verb != "paint":
+    if options.verb == "compare":
+        check_writable(Path(options.output), options.overwrite, PAGES)
+    if options.verb not in ("paint", "trace"):
         return options
     if options.like is not None:
         from minpaint.picture.saving import read_record
@@ -142,12 +170,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.lora = options.lora or record.get("lora")  # argparse would add to a default
     for name in ("image", "prompt"):
         if getattr(options, name) is None:
-            raise InputError(f"--{name} is missing; see python -m minpaint paint --help")
+            raise InputError(f"--{name} is missing; see python -m minpaint {options.verb} --help")
     options.settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
-    options.targets = _targets(options, options.settings.seeds)
     if [options.image, options.mask, options.like].count(STREAM) > 1:
         raise InputError("stdin holds one picture; use - for only one of --image, --mask and --like")
+    if options.verb == "paint":
+        options.targets = _targets(options, options.settings.seeds)
+        return options
+    check_writable(Path(options.output), options.overwrite, PAGES)
+    options.other = None
+    if options.versus is not None:
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        try:
+            options.other = parse([*_without(given, "--versus"), *shlex.split(options.versus)])
+        except (InputError, ValueError) as error:
+            raise InputError(f"versus {options.versus!r}: {error}") from None
     return options
+
+
+def _without(arguments: list[str], name: str) -> list[str]:
+    """Arguments without an option and its value."""
+    kept: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument != name and before != name and not argument.startswith(f"{name}="):
+            kept.append(argument)
+    return kept
 
 
 def source(file: str, what: str) -> BytesIO:
@@ -198,7 +245,7 @@ def _targets(options: argparse.Namespace, seeds: range) -> list[Path]:
     given = {_identity(file) for file in (options.image, options.mask, options.like) if file is not None}
     taken = set() if options.mask is None else {_identity(options.mask)}
     for file in [*explained, *(dict.fromkeys(targets) if pattern != STREAM else ())]:  # of --best, all are the same
-        _check_writable(file, options.overwrite)
+        check_writable(file, options.overwrite)
         if (identity := _identity(file)) in (taken | given if file in explained else taken):
             raise InputError(f"output {file} is also another output, or an input; name another file")
         taken.add(identity)
@@ -216,9 +263,10 @@ def _identity(file: str | Path) -> object:
     return found.st_dev, found.st_ino
 
 
-def _check_writable(target: Path, overwrite: bool) -> None:
-    if target.suffix.lower() not in SUFFIXES:
-        raise InputError(f"output {target}: unknown kind of file; use {', '.join(SUFFIXES)}")
+def check_writable(target: Path, overwrite: bool, suffixes: tuple[str, ...] = SUFFIXES) -> None:
+    """InputError if a file of this name and kind cannot be written, or exists and is not to be overwritten."""
+    if target.suffix.lower() not in suffixes:
+        raise InputError(f"output {target}: unknown kind of file; use {', '.join(suffixes)}")
     try:
         if target.is_dir():
             raise InputError(f"output {target} is a folder; name a file in it")

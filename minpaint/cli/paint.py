@@ -8,6 +8,8 @@ import json
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -44,16 +46,7 @@ def paint(options: Namespace, note: Note) -> None:
     check_target(options.targets[-1], frame, told, options.profile == "minpaint")
     # up to here everything was cheap to check; now come the weights
     checker = open_safety_checker(options.model or "tiny") if options.safety else None
-    painter = open_painter(
-        options.model or "tiny",
-        options.device,
-        options.dtype,
-        options.budget,
-        options.config,
-        options.fast,
-        options.vae,
-        options.lora,
-    )
+    painter = open_for(options)
     settings = options.settings = painter.complete(settings)
     record |= {"steps": settings.steps, "eta": settings.eta, "ignored": painter.ignored(settings)}
     note(f"{painter.name} on {painter.device}, {dtype_name(painter.dtype)}")
@@ -65,7 +58,9 @@ def paint(options: Namespace, note: Note) -> None:
         note(f"wrote {options.explain_mask}")
     if checker is not None:
         painter.engine.require("the safety checker", checker.size + BESIDE_CHECKER)
-    paintings = _paint(painter, frame, options)
+    saving = max(SAVING[FORMATS.get(target.suffix.lower(), "PNG")] for target in options.targets)  # "-" is PNG
+    with progress(options.quiet) as on_step:
+        paintings = painter.paint(frame, options.settings, on_step, saving)
     verdicts = [] if checker is None else _judge(checker, painter, paintings, options.safety, note)
     if options.record or options.repeats:
         _complete(record, options, painter, note)
@@ -95,23 +90,29 @@ def info(options: Namespace, note: Note) -> None:
     print(json.dumps(record) if options.json else text)
 
 
-def _paint(painter: Painter, frame: Frame, options: Namespace) -> list[Painting]:
-    """Paint behind a bar on stderr, if that is a terminal, with a tick for each network call."""
+def open_for(options: Namespace) -> Painter:
+    """The painter that the options of `paint` ask for."""
+    names = ("device", "dtype", "budget", "config", "fast", "vae", "lora")
+    return open_painter(options.model or "tiny", *(getattr(options, name) for name in names))
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[Step], None]]:
+    """A bar on stderr, if that is a terminal; gives what is to be called after each network call."""
     bar: tqdm[Any] = tqdm(disable=True)
 
     def on_step(step: Step) -> None:
         nonlocal bar
         if step.i == 0:  # each part of the picture has a bar of its own
             bar.close()
-            bar = tqdm(total=step.total, unit="step", disable=options.quiet or None, leave=False)
+            bar = tqdm(total=step.total, unit="step", disable=quiet or None, leave=False)
         bar.update()
         if not gc.isenabled():  # see __main__
             gc.freeze()
             gc.enable()
 
     try:
-        saving = max(SAVING[FORMATS.get(target.suffix.lower(), "PNG")] for target in options.targets)  # "-" is PNG
-        return painter.paint(frame, options.settings, on_step, saving)
+        yield on_step
     finally:
         bar.close()
 

@@ -107,7 +107,7 @@ def save(
     """
     try:
         if isinstance(target, Path):
-            with _beside(target.resolve(), overwrite) as file:
+            with new_file(target.resolve(), overwrite) as file:
                 return _write(image, frame, record, FORMATS[target.suffix.lower()], file)
         content = BytesIO()
         receipt = _write(image, frame, record, "PNG", content)
@@ -127,7 +127,7 @@ def _rescue(image: Image.Image, target: Path | BinaryIO) -> str:
     for folder in (*beside, Path(tempfile.gettempdir())):
         file = folder / f"{stem}-rescued-{secrets.token_hex(4)}.png"
         try:
-            with _beside(file, overwrite=False) as content:
+            with new_file(file, overwrite=False) as content:
                 bare.save(content, "PNG")
             return f"the painting is in {file}"
         except Exception as error:
@@ -136,7 +136,7 @@ def _rescue(image: Image.Image, target: Path | BinaryIO) -> str:
 
 
 @contextmanager
-def _beside(target: Path, overwrite: bool) -> Iterator[BinaryIO]:
+def new_file(target: Path, overwrite: bool) -> Iterator[BinaryIO]:
     """A new file that takes the target's place when the block ends well, and is gone when it does not.
 
     It is locked while it is written, so one that nobody has locked was left by a killed process, and is removed.

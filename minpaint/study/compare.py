@@ -152,7 +152,7 @@ def compare_page(a: Trace, b: Trace, names: tuple[str, str] = ("A", "B")) -> str
     for name, what in {"eps without the prompt": UNCOND, "eps with the prompt": COND, "latents": MOVED}.items():
         sizes = {each.step + 1: each.size for each in every if each.what == what and math.isfinite(each.size)}
         if any(sizes.values()):
-            curves[name] = (list(sizes), list(sizes.values()))
+            curves[name] = (list(sizes), [size or math.nan for size in sizes.values()])
     if curves:
         page.add(plot(("relative difference", "step", curves), log=["relative difference"]))
     for part_a, part_b in zip(a.parts, b.parts, strict=False):

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
+from importlib.util import find_spec
 from typing import Any
 
 import torch.nn.functional as F
@@ -117,19 +118,20 @@ def as_url(picture: Image.Image, kind: str, **options: Any) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def require_plots() -> None:
+    """InputError if matplotlib, which draws the plots, is not installed."""
+    if find_spec("matplotlib") is None:
+        raise InputError('plots need matplotlib, which is not installed; pip install "minpaint[study]"')
+
+
 def plot(*panels: Panel, log: Sequence[str] = ()) -> str:
     """Panels side by side as SVG.
 
     log: titles of the panels whose y axis is logarithmic. A line whose name begins with a dot is drawn as dots.
-
-    Raises:
-        InputError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError('plots need matplotlib, which is not installed; pip install "minpaint[study]"') from None
+    import matplotlib
+    from matplotlib.figure import Figure
+
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "minpaint", "font.size": 9}):
         figure = Figure(figsize=(3.6 * len(panels), 2.6), layout="constrained")
