@@ -6,12 +6,13 @@ It is driven by the browser's own DevTools protocol over two pipes, so that noth
 from __future__ import annotations
 
 import base64
+import fcntl
 import itertools
 import json
 import os
 import select
 import shutil
-import subprocess
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,8 +30,8 @@ def find_browser() -> str | None:
 class Browser:
     """One page of a browser. complaints: errors and warnings of its console, and exceptions of its scripts."""
 
-    def __init__(self, process: subprocess.Popen[bytes], to: int, back: int) -> None:
-        self.process, self.to, self.back = process, to, back
+    def __init__(self, to: int, back: int) -> None:
+        self.to, self.back = to, back
         self.buffer, self.numbers, self.session = b"", itertools.count(1), ""
         self.complaints: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -100,22 +101,21 @@ def browser(folder: Path) -> Iterator[Browser]:
     """A browser with a profile of its own in a folder, and no network: it knows no host."""
     program = find_browser()
     assert program is not None, "no Chromium is installed"
-    into, to = os.pipe()
-    back, out = os.pipe()
-    for inherited in (into, out):
-        os.set_inheritable(inherited, True)
+    (into, to), (back, out) = os.pipe(), os.pipe()
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
     options += ["--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND", "--hide-scrollbars"]
     options += [f"--user-data-dir={folder}", "--remote-debugging-pipe", "about:blank"]
-    # the browser reads its commands from descriptor 3 and answers on 4; the shell puts the pipes there
-    shell = f'exec "$0" "$@" 3<&{into} 4>&{out}'
-    process = subprocess.Popen(["sh", "-c", shell, program, *options], pass_fds=(into, out), stderr=subprocess.DEVNULL)
-    os.close(into)
-    os.close(out)
+    # the browser reads its commands from descriptor 3 and answers on 4; above 9, none is in the way of these
+    given = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (into, out)]
+    places = [(os.POSIX_SPAWN_DUP2, end, place) for end, place in zip(given, (3, 4), strict=True)]
+    silent = (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)
+    process = os.posix_spawn(program, [program, *options], os.environ, file_actions=[*places, silent])
+    for end in (into, out, *given):
+        os.close(end)
     try:
-        yield Browser(process, to, back)
+        yield Browser(to, back)
     finally:
-        process.terminate()
-        process.wait(PATIENCE)
+        os.kill(process, signal.SIGTERM)
+        os.waitpid(process, 0)
         os.close(to)
         os.close(back)
