@@ -97,7 +97,8 @@ def _run(arguments: list[str] | None, stoppable: bool) -> None:
     # the libraries read these variables when they are imported, and then keep their own messages to themselves
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
+    for library in ("PIL", "matplotlib"):
+        logging.getLogger(library).setLevel(logging.CRITICAL + 1)
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with warnings.catch_warnings():  # our own warnings become one line each, and no others are shown

@@ -132,14 +132,16 @@ def plot(*panels: Panel, log: Sequence[str] = ()) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "minpaint", "font.size": 9}):
-        figure = Figure(figsize=(3.6 * len(panels), 2.6), layout="constrained")
-        for axes, (title, label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            axes.set(title=title, xlabel=label, yscale="log" if title in log else "linear")
+    drawn = []
+    for title, label, lines in panels:
+        file = io.StringIO()
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
+            figure = Figure(figsize=(3.6, 2.6), layout="constrained")
+            axes = figure.add_subplot(title=title, xlabel=label, yscale="log" if title in log else "linear")
             for name, (x, y) in lines.items():
                 axes.plot(x, y, "." if name.startswith(".") else "-", markersize=4, label=name.lstrip("."))
             if len(lines) > 1:
                 axes.legend(frameon=False)
-        figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
-    return f'<div class="wide">{file.getvalue()[file.getvalue().index("<svg") :]}</div>'
+            figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
+        drawn.append(file.getvalue()[file.getvalue().index("<svg") :])
+    return f'<div class="row">{"".join(drawn)}</div>'

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from minpaint.engine.budget import format_size
+from minpaint.engine.device import dtype_name
 from minpaint.picture.view import ReferenceView, View
 from minpaint.schedule import Schedule, log_snr
 from minpaint.study.page import Line, Page, Panel, canvas, plot, slider, table
@@ -42,7 +43,7 @@ def trace_page(trace: Trace) -> str:
     page.add(_times(trace))
     page.add(f'<div class="wide"><pre>{html.escape(trace.run.plan.table())}</pre></div>')
     page.heading("Settings")
-    page.add(table([*_machine(trace), *((name, str(value)) for name, value in asdict(settings).items())]))
+    page.add(table(_settings(trace)))
     return page.finish()
 
 
@@ -188,11 +189,9 @@ def _times(trace: Trace) -> str:
     return table(rows, ("phase", "calls", "seconds", "seconds a call", "planned peak", "peak by then"))
 
 
-def _machine(trace: Trace) -> list[tuple[str, str]]:
+def _settings(trace: Trace) -> list[tuple[str, str]]:
+    """Everything that was asked for, and the machine."""
     painter = trace.painter
-    return [
-        ("model", painter.name),
-        ("device", f"{painter.device}, {str(painter.dtype).removeprefix('torch.')}"),
-        ("sampler", trace.job.sampler),
-        ("PyTorch", torch.__version__),
-    ]
+    machine = {"model": painter.name, "device": painter.device, "dtype": dtype_name(painter.dtype)}
+    every = machine | asdict(trace.job.settings) | {"sampler": trace.job.sampler, "PyTorch": torch.__version__}
+    return [(name, str(value)) for name, value in every.items()]
