@@ -1,0 +1,246 @@
+"""Two implementations on one checkpoint: do they agree, and if not, where does the difference begin?
+
+Every layer has two figures, relative errors in the Euclidean norm. Drift compares its outputs where each
+implementation gave it its own input: it grows along the network, and shows symptoms. Its own error compares
+them where both got the reference's input: it shows causes. The first layer whose own error is beyond its
+tolerance is the first cause; the parts of a layer come before it, so a layer is named only if all of its
+parts are right and what it does with them is not.
+
+The tolerance is measured: FACTOR times the noise floor, which is how far the reference is from itself when
+its inputs are perturbed by rounding or laid out the other way in memory. A layer of many parts has at least
+the floor that the rounding of its parts adds up to, and none is under LEAST roundings of the number format.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minpaint.checkpoint.load import Checkpoint
+from minpaint.engine.device import without_gradients
+from minpaint.errors import InputError
+from minpaint.models.networks import PlainNetworks
+from minpaint.picture.image import to_image, to_unit
+from minpaint.study.parity_record import (
+    UNLIKE,
+    Call,
+    Stage,
+    noise_floor,
+    record,
+    relative_error,
+    replay,
+    roundoff,
+)
+from minpaint.study.parity_sides import Case, Side, Tensors, Watched, count_steps, nearest_encoded, run_minpaint
+
+FACTOR = 8.0  # times the noise floor that is still rounding
+LEAST = 8.0  # roundings of the number format that are always allowed
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer or part of a run: see the top of this file. remark: what else there is to say."""
+
+    name: str
+    drift: float
+    own: float
+    tolerance: float
+    remark: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        return self.own <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows in the order of execution, and the first that does not agree."""
+
+    rows: list[Row]
+
+    @property
+    def cause(self) -> Row | None:
+        return next((row for row in self.rows if not row.agrees), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """The object of --json: agree, first_cause, why, layers."""
+        cause = self.cause
+        layers = [{"name": row.name, "drift": row.drift, "own": row.own, "tolerance": row.tolerance} for row in self.rows]
+        why = cause and (cause.remark or f"own error {cause.own:.1e}, tolerance {cause.tolerance:.1e}")
+        return {"agree": cause is None, "first_cause": cause and cause.name, "why": why, "layers": layers}
+
+
+@without_gradients
+def compare(
+    reference: Iterable[Stage],
+    side: Side,
+    checkpoint: Checkpoint,
+    case: Case,
+    painted: Callable[[], Tensor] | None = None,
+) -> Report:
+    """Run every stage of the reference on minpaint's side too.
+
+    side, checkpoint: minpaint's. painted: gives the final latents [1, 4, y, x] that a user gets, by the
+    engine; compared with those of the plain modules.
+
+    Raises:
+        InputError: a stage that this model cannot run, or nothing to compare.
+    """
+    rows: dict[str, Row] = {}
+    for stage in reference:
+        found = compare_layers(stage, side, case) if stage.layers else compare_run(stage, side, checkpoint, case, painted, rows)
+        for row in found:
+            before = rows.get(row.name)
+            if before is None:
+                rows[row.name] = row
+            else:  # the UNet is called more than once
+                worse = max(before, row, key=lambda each: each.own / each.tolerance)
+                rows[row.name] = replace(worse, drift=max(before.drift, row.drift))
+        del stage
+        gc.collect()
+    if not rows:
+        raise InputError("the dump has no layer of this model; see minpaint/study/parity_dump.py for the names")
+    return Report(list(rows.values()))
+
+
+def compare_layers(stage: Stage, side: Side, case: Case) -> list[Row]:
+    """The rows of one call of a network."""
+    calls: list[Call] = []
+    root, failed = stage.layers[-1], ""
+    try:
+        record(side.modules, lambda: side.call(stage.name, root.inputs, case.prompt), calls)
+    except (RuntimeError, KeyError) as error:  # a layer gave the next one what it cannot take
+        failed = str(error)
+    own = {call.name: call for call in calls}
+    rows, floors = [], dict[str, float]()
+    for layer in stage.layers:
+        call = own.get(layer.name)
+        if call is None:
+            continue
+        if layer.name == "text_encoder.embeddings" or (layer is root and "tokens" not in floors and stage.name == "text"):
+            ours, theirs = call.inputs["x"], layer.inputs["x"]
+            floors["tokens"] = 0.0
+            different = 1.0 if isinstance(ours, list) or isinstance(theirs, list) else _share_unlike(ours, theirs)
+            rows.append(Row("tokens", different, different, 0.5 / 77, "the prompt is read as other tokens"))
+        try:
+            output = replay(call, layer.inputs)
+            error, remark = relative_error(output, layer.output), ""
+            floor = layer.floor if layer.floor is not None else noise_floor(call, layer.inputs, output, side.dtype)
+        except (RuntimeError, AttributeError, TypeError) as misfit:
+            error, floor, remark = UNLIKE, 0.0, f"cannot take the reference's input: {misfit}"
+        parts = [floors[name] for name in floors if name.startswith(f"{layer.name}.")]
+        floors[layer.name] = max(floor, roundoff(side.dtype), 0.0 if not parts else _leaves(layer.name, floors))
+        tolerance = max(FACTOR * floors[layer.name], LEAST * roundoff(side.dtype))
+        rows.append(Row(layer.name, relative_error(call.output, layer.output), error, tolerance, remark))
+    if failed:
+        rows.append(Row(root.name, UNLIKE, UNLIKE, FACTOR * roundoff(side.dtype), f"fails here: {failed}"))
+    return rows
+
+
+def _share_unlike(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.cpu() != theirs.cpu()).double().mean()) if ours.shape == theirs.shape else 1.0
+
+
+def _leaves(name: str, floors: Mapping[str, float]) -> float:
+    """The root of the sum of squares of the floors of those parts of a layer that have no parts themselves."""
+    inside = [part for part in floors if part.startswith(f"{name}.") or (name.count(".") == 1 and _inside(part, name))]
+    leaves = [part for part in inside if not any(other.startswith(f"{part}.") for other in inside)]
+    return math.sqrt(sum(floors[part] ** 2 for part in leaves))
+
+
+def _inside(part: str, name: str) -> bool:
+    """Whether a layer is a part of one of the VAE's two calls, whose names do not begin with theirs."""
+    return {"vae.encode": ("vae.encoder", "vae.quant_conv"), "vae.decode": ("vae.decoder", "vae.post_quant_conv")}.get(
+        name, ()
+    ).__contains__(".".join(part.split(".")[:2]))
+
+
+def compare_run(
+    stage: Stage,
+    side: Side,
+    checkpoint: Checkpoint,
+    case: Case,
+    painted: Callable[[], Tensor] | None,
+    before: Mapping[str, Row],
+) -> Iterator[Row]:
+    """The rows of a whole run.
+
+    minpaint's algorithm runs twice: with its own networks, for the drift, and with the reference's answers
+    in place of the networks', each step starting where the reference's did, for the errors of its own.
+    """
+    theirs, unit = stage.tensors, roundoff(side.dtype)
+    least = LEAST * unit
+    networks = PlainNetworks(
+        side.modules["unet"], checkpoint.vae, side.modules["text_encoder"], checkpoint.tokenizer
+    )
+
+    def run(answers: Tensors | None, jitter: bool = False) -> Tensors:
+        return run_minpaint(checkpoint, case, Watched(networks, side.device, side.dtype, case, answers, jitter))
+
+    try:
+        own, noisy = run(theirs), run(theirs, jitter=True)
+        ours = run(None)
+    except RuntimeError as error:
+        yield Row("run", UNLIKE, UNLIKE, least, f"fails: {error}")
+        return
+
+    def tolerance(name: str, *parts: str) -> float:
+        measured = [relative_error(noisy[part], own[part]) for part in parts]
+        return max(FACTOR * max([stage.floors.get(name, 0.0), *measured]), least)
+
+    def row(name: str, key: str, part: Callable[[Tensor], Tensor] = lambda tensor: tensor, remark: str = "") -> Row:
+        reference = part(theirs[key])
+        drift, error = (relative_error(part(run_[key]), reference) for run_ in (ours, own))
+        return Row(name, drift, error, tolerance(name, key), remark)
+
+    embedded = relative_error(ours["embeddings"], theirs["embeddings"])
+    text = max(least, before["text_encoder"].tolerance if "text_encoder" in before else least)
+    yield Row("text", embedded, embedded, text, "the prompts' embeddings differ")
+    for number in range(sum(name.endswith(".pixels") for name in own)):
+        pixels = own[f"encode.{number}.pixels"]
+        error = relative_error(pixels, theirs[f"{nearest_encoded(theirs, pixels)}.pixels"])
+        yield Row("canvas", error, error, least, "other pixels are encoded")
+    draws = [name for name in own if name.startswith("draw.") and name in theirs]
+    start = row("draws", "step.0.x", lambda x: x[:, :4])
+    error = max([start.own, *(relative_error(own[name], theirs[name]) for name in draws)])
+    yield replace(start, own=error, remark="the noise that the run starts from differs")
+    if own["step.0.x"].shape[1] > 4:
+        yield row("conditioning", "step.0.x", lambda x: x[:, 4:], "the mask or the latents of the masked picture differ")
+    calls, wanted = count_steps(own), count_steps(theirs)
+    if calls != wanted:
+        yield Row("timesteps", UNLIKE, UNLIKE, least, f"{calls} calls of the UNet, the reference has {wanted}")
+    guided = [f"step.{k}.guided" for k in range(calls)]
+    errors = [relative_error(own[name], theirs[name]) for name in guided]
+    errors.append(relative_error(own["step.0.context"], theirs["step.0.context"]))
+    drift = max(relative_error(ours[name], theirs[name]) for name in guided)
+    yield Row("guidance", drift, max(errors), tolerance("guidance", *guided), "guidance combines the outputs differently")
+    for k in range(calls):
+        t, reference_t = (round(float(tensors[f"step.{k}.t"])) for tensors in (own, theirs))
+        step = row(f"step {k}", f"step.{k}.latents")
+        if t != reference_t:
+            told = f"the UNet is called at timestep {t}, the reference's at {reference_t}"
+            step = replace(step, own=max(step.own, abs(t - reference_t) / 1000, 2 * step.tolerance), remark=told)
+        yield step
+    last = f"step.{wanted - 1}.latents"
+    latents = theirs[last].float() / checkpoint.architecture.vae.scaling_factor
+    picture = to_unit(to_image(Watched(networks, side.device, side.dtype, case).decode(latents.to(side.device))[0]))
+    level = (1 / 255) * math.sqrt(theirs["picture"].numel()) / max(float(theirs["picture"].norm()), 1 / 255)
+    decode = before["vae.decode"].tolerance if "vae.decode" in before else least
+    drift, error = (relative_error(each, theirs["picture"]) for each in (ours["picture"], picture))
+    yield Row("picture", drift, error, level + decode)
+    run_floor = stage.floors.get("run")
+    if run_floor is None:
+        run_floor = relative_error(run(None, jitter=True)[last], ours[last])
+    allowed = max(FACTOR * run_floor, least)
+    end = relative_error(ours[last], theirs[last])
+    yield Row("run", end, end, allowed, "every part agrees by itself, but not the whole run")
+    if painted is not None:
+        latents = painted()
+        drift, error = (relative_error(latents, each) for each in (theirs[last], ours[last]))
+        yield Row("engine", drift, error, allowed, "the engine paints something else than the plain modules")
