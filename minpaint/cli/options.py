@@ -82,6 +82,16 @@ OPTIONS: list[Option] = [
     (MACHINE, "--record", "keep what repeats the run in the file (default: on)", {**ON_OFF, "default": True}),
 ]
 PLANNED = "--model --vae --lora --config --guidance --count --device --fast --dtype --budget --json"
+COMPARED = "--model --vae --lora --config --sampler --seed --device --dtype --json --quiet"
+PARITY: list[tuple[str, str, dict[str, Any]]] = [
+    ("--size", "what is painted (default: the model's own size, at most 256x256)", {"metavar": "WxH"}),
+    ("--steps", "sampler steps of the whole run (default: 4)", {"type": int}),
+    ("--html", "also write the whole table as a page", FILE),
+    ("--dump", "write the tensors of one side to a folder, and compare nothing", {"metavar": "DIR"}),
+    ("--side", "whose tensors --dump writes (default: minpaint)", {"choices": ("minpaint", "diffusers")}),
+    ("--against", "compare with a dump in place of diffusers", {"metavar": "DIR"}),
+    ("--overwrite", "replace the file of --html if it exists", SWITCH),
+]
 REPEATED = {"model", "vae", "config", "image", "mask", "dtype"} | {
     field.name for field in fields(Settings)
 }  # by --like
@@ -108,12 +118,21 @@ def make_parser(record: dict[str, Any] | None = None) -> argparse.ArgumentParser
         A device that this machine lacks is planned for too."""
     plan = verbs.add_parser("plan", help=summary, description=text)
     plan.add_argument("--size", default="512x512", metavar="WxH", help="what the network paints (default: 512x512)")
+    text = """Run minpaint and diffusers (or a dump of another implementation) on one checkpoint, and name the first layer
+        or step where they differ. Exit code 0: they agree, 1: they differ."""
+    parity = verbs.add_parser(
+        "parity", help="say whether minpaint and diffusers agree on a checkpoint", description=text
+    )
+    for names, text, more in PARITY:
+        parity.add_argument(names, **more).help = text
     for heading, names, text, more in OPTIONS:
-        for parent in [groups[heading], *([plan] if names in PLANNED.split() else [])]:
+        others = [verb for verb, taken in ((plan, PLANNED), (parity, COMPARED)) if names in taken.split()]
+        for parent in [groups[heading], *others]:
             # help is set afterwards, because argparse of Python 3.10 adds its own "(default: True)" to a switch's
             parent.add_argument(*names.split(), **more).help = text
     paint.set_defaults(repeats=record, **{name: value for name, value in (record or {}).items() if name in REPEATED})
     plan.set_defaults(model="tiny")
+    parity.set_defaults(model="tiny", seed=None)
     text = "Print the record that minpaint left in a file."
     info = verbs.add_parser("info", help="print how a picture was painted", description=text)
     info.add_argument("file", metavar="FILE", help="a picture that minpaint wrote; - reads stdin")

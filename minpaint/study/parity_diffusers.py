@@ -153,7 +153,9 @@ def _scheduler(diffusers: Any, checkpoint: Checkpoint, case: Case, pipe: Any) ->
     sampler, schedule, _ = open_schedule(checkpoint, case)
     file = next(iter(checkpoint.architecture.directories["unet"].values())).file
     path = file.parent.parent / "scheduler" / "scheduler_config.json"
-    settings = read_json(path, path.name) if file.parent.name == "unet" and path.is_file() else dict(pipe.scheduler.config)
+    settings = (
+        read_json(path, path.name) if file.parent.name == "unet" and path.is_file() else dict(pipe.scheduler.config)
+    )
     if sampler == "pndm" and not schedule.warm_up:
         settings["skip_prk_steps"] = True
     return getattr(diffusers, SCHEDULERS[sampler]).from_config(settings)

@@ -114,7 +114,9 @@ def write_dump(folder: Path, side: str, case: Case, architecture: Architecture, 
                 layers.append({"name": layer.name, "inputs": inputs, "output": output, "floor": layer.floor})
             file = f"{stage.name.replace(' ', '-')}.safetensors"
             # of its own each: two layers may return views of one tensor, which the format refuses
-            save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, folder / file)
+            save_file(
+                {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, folder / file
+            )
             size += (folder / file).stat().st_size
             described.append({"name": stage.name, "file": file, "floors": stage.floors, "layers": layers})
         manifest = {"format": FORMAT, "side": side, "case": asdict(case), "model": model_of(architecture)}
@@ -192,9 +194,10 @@ def _finite(tensor: Tensor, name: str) -> Tensor:
 
 def refuse_other(dump: Dump, architecture: Architecture, asked: Mapping[str, Any]) -> None:
     """InputError if a dump is of another model, or its case is not what was asked for (None: anything)."""
+    made = asdict(dump.case) | {"size": f"{dump.case.width}x{dump.case.height}"}
     for name, value in asked.items():
-        if value is not None and value != getattr(dump.case, name):
-            told = f"was made with {name} {getattr(dump.case, name)}, not {value}"
+        if value is not None and value != made[name]:
+            told = f"was made with {name} {made[name]}, not {value}"
             raise InputError(f"dump {dump.folder}: {told}; leave --{name} out, or make another dump")
     own = model_of(architecture)
     if dump.model is not None and dump.model != own:

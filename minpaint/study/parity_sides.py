@@ -91,7 +91,9 @@ def pictures(case: Case) -> tuple[Image.Image, Image.Image]:
     """The picture that is painted, with shades in all channels and some edges, and a mask with a disc."""
     size = case.width, case.height
     down = Image.linear_gradient("L").resize(size)
-    picture = Image.merge("RGB", (down, down.transpose(Image.Transpose.ROTATE_180), Image.radial_gradient("L").resize(size)))
+    picture = Image.merge(
+        "RGB", (down, down.transpose(Image.Transpose.ROTATE_180), Image.radial_gradient("L").resize(size))
+    )
     draw = ImageDraw.Draw(picture)
     draw.ellipse((size[0] // 2, size[1] // 8, size[0] * 7 // 8, size[1] // 2), fill=(220, 120, 40))
     draw.rectangle((size[0] // 16, size[1] // 2, size[0] // 3, size[1] * 7 // 8), fill=(30, 90, 160))
@@ -126,17 +128,18 @@ def stages(side: Side, checkpoint: Checkpoint, case: Case) -> Iterator[Stage]:
     """
     canvas, (_, schedule, _) = open_canvas(checkpoint, case), open_schedule(checkpoint, case)
     unet, vae = checkpoint.architecture.unet, checkpoint.architecture.vae
-    text = _stage(side, "text", {}, case)
-    yield text
+    yield _stage(side, "text", {}, case)
     encoded = _stage(side, "encode", {"x": canvas.masked_pixels}, case)
+    mean = encoded.layers[-1].output.chunk(2, dim=1)[0]
     yield encoded
+    del encoded
     context = torch.cat([side.embed(case.negative_prompt), side.embed(case.prompt)])
     generator = torch.Generator().manual_seed(case.seed)
     x = torch.randn(2, unet.in_channels, case.height // vae.factor, case.width // vae.factor, generator=generator)
     for number, t in enumerate((schedule.timesteps[0], schedule.timesteps[-1])):
         t = torch.full((2,), round(t))
         yield _stage(side, f"unet {number}", {"x": x, "t": t, "context": context}, case)
-    yield _stage(side, "decode", {"x": encoded.layers[-1].output.chunk(2, dim=1)[0]}, case)
+    yield _stage(side, "decode", {"x": mean}, case)
     tensors, other = side.run(False), side.run(True)
     last = f"step.{count_steps(tensors) - 1}.latents"
     floors = {"run": relative_error(other[last], tensors[last])}
@@ -255,9 +258,7 @@ class Watched:
     def sampler(self, sampler: Any) -> Any:
         """A sampler whose steps are written down; with answers each starts where the other run's did."""
 
-        def watched(
-            model: Any, x: Tensor, schedule: Schedule, eta: float, noise: Any, keep: Any
-        ) -> Iterator[Step]:
+        def watched(model: Any, x: Tensor, schedule: Schedule, eta: float, noise: Any, keep: Any) -> Iterator[Step]:
             def guided(x: Tensor, t: float) -> Tensor:
                 output: Tensor = model(x, t)
                 self.seen[f"step.{self.calls - 1}.guided"] = output
