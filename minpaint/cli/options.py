@@ -118,8 +118,8 @@ def make_parser(record: dict[str, Any] | None = None) -> argparse.ArgumentParser
         A device that this machine lacks is planned for too."""
     plan = verbs.add_parser("plan", help=summary, description=text)
     plan.add_argument("--size", default="512x512", metavar="WxH", help="what the network paints (default: 512x512)")
-    text = """Run minpaint and diffusers (or a dump of another implementation) on one checkpoint, and name the first layer
-        or step where they differ. Exit code 0: they agree, 1: they differ."""
+    text = """Run minpaint and diffusers (or a dump of another implementation) on one checkpoint, and name the first
+        layer or step where they differ. Exit code 0: they agree, 1: they differ."""
     parity = verbs.add_parser(
         "parity", help="say whether minpaint and diffusers agree on a checkpoint", description=text
     )

@@ -7,6 +7,7 @@ import re
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from minpaint import __version__
 from minpaint.checkpoint.load import load_checkpoint
 from minpaint.cli.options import Note
 from minpaint.engine.budget import format_size
-from minpaint.engine.device import DTYPES, choose_device, choose_dtype, dtype_name
+from minpaint.engine.device import DTYPES, choose_device, choose_dtype, dtype_name, threads_for
 from minpaint.errors import InputError
 from minpaint.painter import open_painter
 from minpaint.settings import Settings
@@ -59,46 +60,49 @@ def parity(options: Namespace, note: Note) -> int:
         case = Case(width, height, options.steps or 4, options.sampler, options.seed or 0, dtype_name(dtype))
     open_canvas(checkpoint, case), open_schedule(checkpoint, case)  # both check the case
     note(f"{options.model} at {case.width}x{case.height}, {case.steps} steps, {case.dtype} on {device}")
-    side = minpaint_side(checkpoint, case, device, dtype)
-    reference = diffusers_side if theirs else None
-    if reference:
-        built = reference(checkpoint, case, device, dtype, side.modules, options.config, options.vae, lora)
-        recorded = stages(built, checkpoint, case)
-        del built
-    elif dump:
-        recorded = read_stages(dump)
-    if options.dump:
-        recorded = recorded if reference else stages(side, checkpoint, case)
-        name = options.side or "minpaint"
-        written = write_dump(Path(options.dump), f"{name} {__version__}", case, architecture, recorded)
-        note(f"wrote {options.dump} ({format_size(written)}), the tensors of {name}")
+    # of the top of the UNet, so that small models do without threads
+    work = 2 * 9 * architecture.unet.channels[0] ** 2 * case.width * case.height // architecture.vae.factor**2
+    with threads_for(work):
+        side = minpaint_side(checkpoint, case, device, dtype)
+        reference = diffusers_side if theirs else None
+        if reference:
+            built = reference(checkpoint, case, device, dtype, side.modules, options.config, options.vae, lora)
+            recorded = stages(built, checkpoint, case)
+            del built
+        elif dump:
+            recorded = read_stages(dump)
+        if options.dump:
+            recorded = recorded if reference else stages(side, checkpoint, case)
+            name = options.side or "minpaint"
+            written = write_dump(Path(options.dump), f"{name} {__version__}", case, architecture, recorded)
+            note(f"wrote {options.dump} ({format_size(written)}), the tensors of {name}")
+            if options.json:
+                print(json.dumps({"dump": options.dump, "side": name, "bytes": written}))
+            return 0
+
+        def painted() -> Tensor:
+            painter = open_painter(options.model, device, dtype, None, options.config, False, options.vae, options.lora)
+            settings: dict[str, Any] = {"negative_prompt": case.negative_prompt, "steps": case.steps, "seed": case.seed}
+            settings |= {"guidance": case.guidance, "sampler": case.sampler, "profile": "diffusers"}
+            return painter(*pictures(case), case.prompt, **settings)[0].latents[None]
+
+        report = compare(recorded, side, checkpoint, case, painted if case.noise == "torch" else None)
+        facts = {"model": options.model, "with": dump.side if dump else "diffusers", "dtype": case.dtype}
+        facts |= {"device": str(device), "size": f"{case.width}x{case.height}", "steps": case.steps, "seed": case.seed}
+        facts |= {"sampler": open_schedule(checkpoint, case)[0], "version": __version__}
+        seconds = round(time.perf_counter() - options.started, 1)
+        if page:
+            try:
+                page.write_text(report.page(facts), encoding="utf-8")
+            except OSError as error:
+                raise InputError(f"html {page}: cannot be written ({error}); name another file") from None
+            note(f"wrote {page}")
         if options.json:
-            print(json.dumps({"dump": options.dump, "side": name, "bytes": written}))
-        return 0
-
-    def painted() -> Tensor:
-        painter = open_painter(options.model, device, dtype, None, options.config, False, options.vae, options.lora)
-        settings = {"negative_prompt": case.negative_prompt, "steps": case.steps, "seed": case.seed}
-        settings |= {"guidance": case.guidance, "sampler": case.sampler, "profile": "diffusers"}
-        return painter(*pictures(case), case.prompt, **settings)[0].latents[None]
-
-    report = compare(recorded, side, checkpoint, case, painted if case.noise == "torch" else None)
-    facts = {"model": options.model, "with": dump.side if dump else "diffusers", "dtype": case.dtype}
-    facts |= {"device": str(device), "size": f"{case.width}x{case.height}", "steps": case.steps, "seed": case.seed}
-    facts |= {"sampler": open_schedule(checkpoint, case)[0], "version": __version__}
-    seconds = round(time.perf_counter() - options.started, 1)
-    if page:
-        try:
-            page.write_text(report.page(facts), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"html {page}: cannot be written ({error}); name another file") from None
-        note(f"wrote {page}")
-    if options.json:
-        print(json.dumps(report.as_json() | facts | {"seconds": seconds}))
-    else:
-        print(f"{report.table()}\n\n{report.verdict()}")
-    note(f"done in {seconds} s")
-    return 0 if report.cause is None else 1
+            print(json.dumps(report.as_json() | facts | {"seconds": seconds}))
+        else:
+            print(f"{report.table()}\n\n{report.verdict()}")
+        note(f"done in {seconds} s")
+        return 0 if report.cause is None else 1
 
 
 def _check_page(page: Path, overwrite: bool) -> Path:

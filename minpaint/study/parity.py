@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from minpaint.checkpoint.load import Checkpoint
@@ -91,8 +90,8 @@ def compare_layers(stage: Stage, side: Side, case: Case) -> list[Row]:
     root, failed = stage.layers[-1], ""
     try:
         record(side.modules, lambda: side.call(stage.name, root.inputs, case.prompt), calls)
-    except (RuntimeError, KeyError) as error:  # a layer gave the next one what it cannot take
-        failed = str(error)
+    except RuntimeError as misfit:  # a layer gave the next one what it cannot take
+        failed = str(misfit)
     own = {call.name: call for call in calls}
     rows, floors = [], dict[str, float]()
     for layer in stage.layers:
@@ -110,7 +109,7 @@ def compare_layers(stage: Stage, side: Side, case: Case) -> list[Row]:
             output = replay(call, layer.inputs)
             error, remark = relative_error(output, layer.output), ""
             floor = layer.floor if layer.floor is not None else noise_floor(call, layer.inputs, output, side.dtype)
-        except (RuntimeError, AttributeError, TypeError) as misfit:
+        except RuntimeError as misfit:
             error, floor, remark = UNLIKE, 0.0, f"cannot take the reference's input: {misfit}"
         parts = [floors[name] for name in floors if name.startswith(f"{layer.name}.")]
         floors[layer.name] = max(floor, roundoff(side.dtype), 0.0 if not parts else _leaves(layer.name, floors))
@@ -163,8 +162,8 @@ def compare_run(
     try:
         own, noisy = run(theirs), run(theirs, jitter=True)
         ours = run(None)
-    except RuntimeError as error:
-        yield Row("run", UNLIKE, UNLIKE, least, f"fails: {error}")
+    except RuntimeError as misfit:
+        yield Row("run", UNLIKE, UNLIKE, least, f"fails: {misfit}")
         return
 
     def tolerance(name: str, *parts: str) -> float:

@@ -9,7 +9,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,13 @@ def library() -> Any:
     """The module diffusers; InputError if it is not installed."""
     try:
         import diffusers
+        import transformers
         from diffusers import StableDiffusionInpaintPipeline  # noqa: F401  what it is made of may be missing, too
     except (ImportError, RuntimeError) as error:
         raise InputError(MISSING if "diffusers" in str(error) else f"{MISSING} ({error})") from None
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+    for each in (diffusers, transformers):
+        each.utils.logging.set_verbosity_error()
+        each.utils.logging.disable_progress_bar()
     return diffusers
 
 
@@ -163,7 +165,7 @@ def _scheduler(diffusers: Any, checkpoint: Checkpoint, case: Case, pipe: Any) ->
 
 @contextmanager
 def _drawing(change: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Every random draw of the library in float32 on the CPU, as minpaint draws, changed and then rounded; the draws."""
+    """Make every random draw of the library in float32 on the CPU, as minpaint draws; gives the list of them."""
     drawn: list[Tensor] = []
 
     def randn_tensor(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, **_: Any) -> Tensor:

@@ -59,6 +59,11 @@ from minpaint.study.parity_record import Layer, Stage
 from minpaint.study.parity_sides import Case
 
 FORMAT, MANIFEST = 1, "parity.json"
+KINDS: dict[str, tuple[type, ...]] = {  # of a case's values; the others are text
+    **dict.fromkeys(("width", "height", "steps", "seed"), (int,)),
+    "guidance": (int, float),
+    "sampler": (str, type(None)),
+}
 
 
 class Dump(NamedTuple):
@@ -136,9 +141,7 @@ def open_dump(folder: Path) -> Dump:
         known = {field.name: field for field in fields(Case)}
         case = Case(**{name: value for name, value in found["case"].items() if name in known})
         for name, value in asdict(case).items():
-            wanted = (str, type(None)) if name == "sampler" else (int, float) if name == "guidance" else None
-            wanted = wanted or (int if name in ("width", "height", "steps", "seed") else str)
-            if not isinstance(value, wanted) or isinstance(value, bool):
+            if not isinstance(value, KINDS.get(name, (str,))) or isinstance(value, bool):
                 raise TypeError(f"{name} {value!r}")
         if case.dtype not in DTYPES or min(case.width, case.height, case.steps) < 1 or case.seed < 0:
             raise ValueError(f"case {asdict(case)}")

@@ -136,8 +136,8 @@ def stages(side: Side, checkpoint: Checkpoint, case: Case) -> Iterator[Stage]:
     context = torch.cat([side.embed(case.negative_prompt), side.embed(case.prompt)])
     generator = torch.Generator().manual_seed(case.seed)
     x = torch.randn(2, unet.in_channels, case.height // vae.factor, case.width // vae.factor, generator=generator)
-    for number, t in enumerate((schedule.timesteps[0], schedule.timesteps[-1])):
-        t = torch.full((2,), round(t))
+    for number, timestep in enumerate((schedule.timesteps[0], schedule.timesteps[-1])):
+        t = torch.full((2,), round(timestep))
         yield _stage(side, f"unet {number}", {"x": x, "t": t, "context": context}, case)
     yield _stage(side, "decode", {"x": mean}, case)
     tensors, other = side.run(False), side.run(True)
@@ -201,6 +201,7 @@ class Watched:
         self.networks, self.device, self.dtype, self.case = networks, device, dtype, case
         self.answers, self.jitter = answers, jitter
         self.seen: Tensors = {}
+        self.seeded = seeded_noise([case.seed])
         self.calls = self.encoded = self.drawn = 0
 
     def answer(self, name: str) -> Tensor:
@@ -247,12 +248,10 @@ class Watched:
         """The next draw, from the seed or, if the other run has draws of its own, its next."""
         name, self.drawn = f"draw.{self.drawn}", self.drawn + 1
         if self.case.noise == "torch" or self.answers is None:
-            if name == "draw.0":
-                self._seeded = seeded_noise([self.case.seed])
-            drawn = self._seeded(shape)
+            self.seen[name] = self.seeded(shape)
         else:
-            drawn = self.answers[name].float()
-        self.seen[name] = drawn
+            self.seen[name] = self.answer(name)
+        drawn = self.seen[name]
         return (perturbed(drawn, self.dtype) if self.jitter else drawn).to(self.device)
 
     def sampler(self, sampler: Any) -> Any:
@@ -287,7 +286,7 @@ def run_minpaint(checkpoint: Checkpoint, case: Case, networks: Watched) -> Tenso
     """A whole run through the algorithm, as parity_dump describes it."""
     sampler, schedule, eta = open_schedule(checkpoint, case)
     unet, vae = checkpoint.architecture.unet, checkpoint.architecture.vae
-    for step in inpaint(
+    steps = inpaint(
         networks,
         open_canvas(checkpoint, case),
         case.prompt,
@@ -299,10 +298,10 @@ def run_minpaint(checkpoint: Checkpoint, case: Case, networks: Watched) -> Tenso
         guidance=case.guidance,
         in_channels=unet.in_channels,
         scaling_factor=vae.scaling_factor,
-    ):
-        pass
+    )
+    latents = [step.x for step in steps][-1]
     networks.seen["embeddings"] = torch.cat(
         [networks.embed(prompt).float() for prompt in (case.negative_prompt, case.prompt)]
     )
-    networks.seen["picture"] = to_unit(to_image(networks.decode(step.x / vae.scaling_factor)[0]))
+    networks.seen["picture"] = to_unit(to_image(networks.decode(latents / vae.scaling_factor)[0]))
     return networks.seen
