@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "engine": {"errors", "models", "checkpoint"},
     "inpaint": {"schedule", "samplers", "models", "picture"},
     "painter": {*CORE, "settings", "inpaint", "picture", "checkpoint", "engine"},
-    "study": {*CORE, "settings", "inpaint", "picture", "checkpoint", "engine", "painter"},
+    "study": {*CORE, "settings", "inpaint", "picture", "checkpoint", "engine", "painter", "__init__"},
     "cli": {*CORE, "settings", "inpaint", "picture", "checkpoint", "engine", "painter", "study", "__init__"},
     "__init__": {"errors", "painter"},
     "__main__": {"cli"},

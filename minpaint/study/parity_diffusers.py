@@ -98,7 +98,15 @@ def diffusers_side(
         return pipe.unet(x, t, encoder_hidden_states=context)
 
     eta = open_schedule(checkpoint, case)[2]
-    return Side("diffusers", dtype, device, modules, embed, unet, lambda jitter: _run(pipe, case, eta, dtype, jitter))
+    return Side(
+        f"diffusers {diffusers.__version__}",
+        dtype,
+        device,
+        modules,
+        embed,
+        unet,
+        lambda jitter: _run(pipe, case, eta, dtype, jitter),
+    )
 
 
 def _open(diffusers: Any, checkpoint: Checkpoint, config: Any, vae: Any, dtype: torch.dtype) -> Any:

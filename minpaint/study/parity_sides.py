@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from minpaint import __version__
 from minpaint.checkpoint.load import Checkpoint
 from minpaint.engine.device import without_gradients
 from minpaint.errors import InputError
@@ -172,7 +173,7 @@ def minpaint_side(checkpoint: Checkpoint, case: Case, device: torch.device, dtyp
     }
     networks = PlainNetworks(unet, vae, text_encoder, checkpoint.tokenizer)
     return Side(
-        "minpaint",
+        f"minpaint {__version__}",
         dtype,
         device,
         modules,
@@ -266,7 +267,7 @@ class Watched:
             def kept(x: Tensor, t: float | None) -> Tensor:
                 name = f"step.{self.calls - 1}.latents"
                 self.seen[name] = x = keep(x, t)
-                return x if self.answers is None else self.answer(name).to(x)
+                return x if self.answers is None else self.answer(name).to(x.device)
 
             yield from sampler(guided, x, schedule, eta, noise, kept)
 
