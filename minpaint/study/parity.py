@@ -13,7 +13,6 @@ the floor that the rounding of its parts adds up to, and none is under LEAST rou
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -72,8 +71,6 @@ def compare(
             else:  # the UNet is called more than once
                 worse = max(before, row, key=lambda each: each.own / each.tolerance)
                 rows[row.name] = replace(worse, drift=max(before.drift, row.drift))
-        del stage
-        gc.collect()
     if not rows:
         raise InputError("the dump has no layer of this model; see minpaint/study/parity_dump.py for the names")
     if painted is not None and ends:  # now that the reference is no longer in memory
@@ -93,49 +90,31 @@ def compare_layers(stage: Stage, side: Side, case: Case) -> list[Row]:
     except RuntimeError as misfit:  # a layer gave the next one what it cannot take
         failed = str(misfit)
     own = {call.name: call for call in calls}
-    rows, floors = [], dict[str, float]()
+    rows, leaves, least = list[Row](), dict[str, float](), LEAST * roundoff(side.dtype)
+    if stage.name == "text" and root.name in own:
+        ours, theirs = (each["x"] for each in (own[root.name].inputs, root.inputs))
+        assert isinstance(ours, Tensor)
+        error = relative_error(ours, theirs) if isinstance(theirs, Tensor) else UNLIKE
+        rows.append(Row("tokens", error, error, least, "the prompt is read as other tokens"))
     for layer in stage.layers:
         call = own.get(layer.name)
         if call is None:
             continue
-        if layer.name == "text_encoder.embeddings" or (
-            layer is root and "tokens" not in floors and stage.name == "text"
-        ):
-            ours, theirs = call.inputs["x"], layer.inputs["x"]
-            floors["tokens"] = 0.0
-            different = 1.0 if isinstance(ours, list) or isinstance(theirs, list) else _share_unlike(ours, theirs)
-            rows.append(Row("tokens", different, different, 0.5 / 77, "the prompt is read as other tokens"))
         try:
             output = replay(call, layer.inputs)
             error, remark = relative_error(output, layer.output), ""
             floor = layer.floor if layer.floor is not None else noise_floor(call, layer.inputs, output, side.dtype)
         except RuntimeError as misfit:
             error, floor, remark = UNLIKE, 0.0, f"cannot take the reference's input: {misfit}"
-        parts = [floors[name] for name in floors if name.startswith(f"{layer.name}.")]
-        floors[layer.name] = max(floor, roundoff(side.dtype), 0.0 if not parts else _leaves(layer.name, floors))
-        tolerance = max(FACTOR * floors[layer.name], LEAST * roundoff(side.dtype))
-        rows.append(Row(layer.name, relative_error(call.output, layer.output), error, tolerance, remark))
+        parts = [part for name, part in leaves.items() if layer is root or name.startswith(f"{layer.name}.")]
+        floor = max(floor, roundoff(side.dtype), math.sqrt(sum(part**2 for part in parts)))
+        if not parts:
+            leaves[layer.name] = floor
+        drift = relative_error(call.output, layer.output)
+        rows.append(Row(layer.name, drift, error, max(FACTOR * floor, least), remark))
     if failed:
-        rows.append(Row(root.name, UNLIKE, UNLIKE, FACTOR * roundoff(side.dtype), f"fails here: {failed}"))
+        rows.append(Row(root.name, UNLIKE, UNLIKE, least, f"fails here: {failed}"))
     return rows
-
-
-def _share_unlike(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.cpu() != theirs.cpu()).double().mean()) if ours.shape == theirs.shape else 1.0
-
-
-def _leaves(name: str, floors: Mapping[str, float]) -> float:
-    """The root of the sum of squares of the floors of those parts of a layer that have no parts themselves."""
-    inside = [part for part in floors if part.startswith(f"{name}.") or (name.count(".") == 1 and _inside(part, name))]
-    leaves = [part for part in inside if not any(other.startswith(f"{part}.") for other in inside)]
-    return math.sqrt(sum(floors[part] ** 2 for part in leaves))
-
-
-def _inside(part: str, name: str) -> bool:
-    """Whether a layer is a part of one of the VAE's two calls, whose names do not begin with theirs."""
-    return {"vae.encode": ("vae.encoder", "vae.quant_conv"), "vae.decode": ("vae.decoder", "vae.post_quant_conv")}.get(
-        name, ()
-    ).__contains__(".".join(part.split(".")[:2]))
 
 
 def compare_run(

@@ -104,8 +104,7 @@ def record(modules: Mapping[str, nn.Module], run: Callable[[], object], calls: l
 
     def before(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            bound = inspect.signature(module.forward).bind(*args, **kwargs)
-            begun[name] = _copied(bound)
+            begun[name] = _copied(inspect.signature(type(module).forward).bind(module, *args, **kwargs))
 
         return hook
 
@@ -114,7 +113,7 @@ def record(modules: Mapping[str, nn.Module], run: Callable[[], object], calls: l
             bound = begun.pop(name)
             roles = {}
             for number, (parameter, value) in enumerate(bound.arguments.items()):
-                role = "x" if number == 0 else ROLES.get(parameter)
+                role = "x" if number == 1 else ROLES.get(parameter)
                 listed = isinstance(value, list) and all(isinstance(each, Tensor) for each in value)
                 if role and (isinstance(value, Tensor) or listed):
                     roles[role] = parameter
@@ -166,7 +165,7 @@ def replay(call: Call, inputs: Inputs) -> Tensor:
             bound.arguments[name] = [*own[: len(own) - len(given)], *given]
         elif isinstance(given, Tensor):
             bound.arguments[name] = given.to(own)
-    return first_tensor(call.module(*bound.args, **bound.kwargs))
+    return first_tensor(call.module(*bound.args[1:], **bound.kwargs))
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:

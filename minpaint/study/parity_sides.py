@@ -236,7 +236,7 @@ class Watched:
         self.seen |= {f"{name}.x": x, f"{name}.t": t[:1].float(), f"{name}.context": context}
         if self.answers is None:
             x = relaid(perturbed(x, self.dtype)) if self.jitter else x
-            output = self.networks.unet(x.to(self.device, self.dtype), t, context).float()
+            output: Tensor = self.networks.unet(x.to(self.device, self.dtype), t, context).float()
         else:
             output = self.answer(f"{name}.output")
         self.seen[f"{name}.output"] = output
