@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import math
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import diffusers
+import lora_files
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import minpaint.inpaint
 import minpaint.models.unet
 from minpaint import samplers
 from minpaint.checkpoint.load import Checkpoint, load_checkpoint
+from minpaint.cli.main import main
 from minpaint.engine.device import DTYPES
-from minpaint.study import parity_sides
+from minpaint.study import parity_record, parity_sides
+from minpaint.study.parity import compare
 from minpaint.study.parity_diffusers import diffusers_side
-from minpaint.study.parity_record import Stage
+from minpaint.study.parity_dump import write_dump
+from minpaint.study.parity_record import Layer, Stage
 from minpaint.study.parity_sides import Case, Side, minpaint_side, stages
+from weights.random_checkpoint import FAMILIES, write_checkpoint
 
 CPU = torch.device("cpu")
 Patch = pytest.MonkeyPatch
@@ -295,3 +308,355 @@ fault("noise level of what is put back", FOUR, PNDM, put_back_at_the_old_level, 
 fault("brightness of the picture", SD1, FP32, darken, "picture")
 fault("one weight in bf16", SD1, BF16, change("unet", f"{CONV}.bias", 1.0), f"unet.{CONV}")
 fault("a step in bf16", SD1, BF16, sampler("ddim", 1, 1.1), "step 1")
+# fmt: on
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_named(
+    opened: Callable[..., tuple[Checkpoint, Side]],
+    reference: Callable[[str, Case], list[Stage]],
+    monkeypatch: Patch,
+    name: str,
+) -> None:
+    family, case, plant, cause = FAULTS[name]
+    theirs = reference(family, case)
+    checkpoint, side = opened(family, case)
+    plant(checkpoint, monkeypatch)
+    report = compare(theirs, side, checkpoint, case)
+    assert report.cause is not None
+    assert report.cause.name == cause, report.table()
+
+
+def worse_reference_step(patch: Patch) -> None:
+    right = diffusers.DDIMScheduler.step
+
+    def wrong(self: Any, output: Tensor, t: Any, sample: Tensor, *args: Any, **options: Any) -> Any:
+        return right(self, output * (1.00001 if int(t) == 501 else 1), t, sample, *args, **options)
+
+    wrong.__signature__ = inspect.signature(right)  # type: ignore[attr-defined]
+    patch.setattr(diffusers.DDIMScheduler, "step", wrong)
+
+
+@pytest.mark.parametrize("cause", ["unet.up_blocks.0.resnets.1.conv1", "vae.post_quant_conv", "step 1"])
+def test_a_fault_of_the_reference_is_named(
+    checkpoint: Callable[[str], Path],
+    opened: Callable[..., tuple[Checkpoint, Side]],
+    monkeypatch: Patch,
+    cause: str,
+) -> None:
+    def plant(side: Side) -> None:
+        if cause in side.modules:
+            next(iter(side.modules[cause].parameters())).data.view(-1)[7] += 0.01
+
+    if cause == "step 1":
+        worse_reference_step(monkeypatch)
+    loaded, side = opened("small-sd1", FP32)
+    report = compare(their_stages(checkpoint("small-sd1"), FP32, plant), side, loaded, FP32)
+    assert report.cause is not None
+    assert report.cause.name == cause
+
+
+def test_a_fault_of_the_engine_is_named(
+    opened: Callable[..., tuple[Checkpoint, Side]], reference: Callable[[str, Case], list[Stage]]
+) -> None:
+    checkpoint, side = opened("small-sd1", FP32)
+    theirs = reference("small-sd1", FP32)
+    latents = theirs[-1].tensors["step.3.latents"]
+    assert compare(theirs, side, checkpoint, FP32, lambda: latents).cause is None
+    report = compare(theirs, side, checkpoint, FP32, lambda: latents * 1.001)
+    assert report.cause is not None
+    assert report.cause.name == "engine"
+
+
+# Clean runs --------------------------------------------------------------------------------------------------------
+
+CLEAN = [
+    ("small-sd1", Case(64, 64, 4)),
+    ("small-sd1", Case(64, 64, 3, dtype="bf16")),
+    ("small-sd1-4ch", Case(64, 64, 5)),
+    ("small-sd1", Case(96, 40, 7, "dpmpp", 3)),
+    ("small-sd1", Case(40, 72, 3, "lcm", 4, "bf16")),
+    ("small-sd1", Case(64, 64, 12, "pndm", 5, "bf16")),
+    ("small-sd1", Case(64, 64, 1, "ddim", 6)),
+    ("small-sd1-4ch", Case(64, 64, 4, "ddim", 1, "bf16")),
+    ("small-sd1-4ch", Case(48, 64, 6, "dpmpp", 2)),
+    ("small-sd1-4ch", Case(64, 48, 6, "dpmpp", 3, "bf16")),
+    ("small-sd1-4ch", Case(64, 64, 3, "lcm", 4)),
+    ("small-sd2", Case(64, 64, 5, None, 1)),
+    ("small-sd2", Case(64, 64, 5, None, 1, "bf16")),
+    ("small-sd2", Case(72, 40, 4, "ddim", 2)),
+    ("small-sd2", Case(40, 40, 8, "dpmpp", 3, "bf16")),
+    ("small-v", Case(64, 64, 4)),
+    ("small-v", Case(64, 64, 4, "ddim", 1, "bf16")),
+    ("small-v", Case(64, 72, 6, "dpmpp", 2)),
+    ("small-v", Case(64, 64, 2, "lcm", 3, "bf16")),
+    ("small-v", Case(56, 56, 9, "pndm", 7)),
+    ("small-v", Case(64, 64, 20, "dpmpp", 8, "bf16")),
+    ("small-sd1", Case(64, 64, 2, "ddim", 9, "fp16")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "case"), CLEAN)
+def test_no_alarm_where_nothing_is_planted(
+    opened: Callable[..., tuple[Checkpoint, Side]],
+    reference: Callable[[str, Case], list[Stage]],
+    family: str,
+    case: Case,
+) -> None:
+    checkpoint, side = opened(family, case)
+    report = compare(reference(family, case), side, checkpoint, case)
+    assert report.cause is None, report.verdict()
+    assert len(report.rows) > 380
+    worst = max(row.own / row.tolerance for row in report.rows)
+    print(f"{family} {case.dtype} {case.sampler}: nearest to an alarm {worst:.2f}")
+
+
+def test_there_are_twenty_of_each() -> None:
+    assert len(FAULTS) >= 20
+    assert len(CLEAN) >= 20
+    assert {case.dtype for _, case in CLEAN} >= {"fp32", "bf16"}
+
+
+# The command, and dumps --------------------------------------------------------------------------------------------
+
+
+def parity(*words: object) -> int:
+    return main(["parity", "--device", "cpu", "--steps", "2", *map(str, words)])
+
+
+@pytest.fixture
+def without_diffusers(monkeypatch: Patch) -> None:
+    """As where the test extra is not installed."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("diffusers", "peft")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+
+
+def weaken(folder: Path) -> None:
+    """Change one weight in a checkpoint's file."""
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["mid_block.resnets.0.conv2.weight"][1, 2, 0, 1] += 0.02
+    file.unlink()  # it may be a link
+    save_file(tensors, file, {"format": "pt"})
+
+
+def test_the_command_agrees(
+    checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    assert parity("--model", checkpoint("small-sd1"), "--json", "--html", page) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report["agree"] is True
+    assert report["first_cause"] is None
+    names = [layer["name"] for layer in report["layers"]]
+    assert len(names) == len(set(names)) > 380
+    assert {"text_encoder", "unet.conv_in", "vae.encode", "vae.decode", "step 1", "picture", "engine"} <= set(names)
+    for layer in report["layers"]:
+        assert set(layer) == {"name", "drift", "own", "tolerance"}
+        assert all(math.isfinite(layer[key]) for key in ("drift", "own", "tolerance"))
+    assert "done in" in err
+    rows = ElementTree.parse(page).getroot().findall(".//tr")
+    assert [row[0].text for row in rows[1:]] == names
+    assert parity("--model", checkpoint("small-sd1"), "--html", page) == 2
+    assert "add --overwrite" in capsys.readouterr().err
+
+
+def test_a_dump_is_compared_without_diffusers(
+    checkpoint: Callable[[str], Path],
+    copy: Callable[[str], Path],
+    tmp_path: Path,
+    without_diffusers: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, dump = checkpoint("small-sd1-4ch"), tmp_path / "dump"
+    assert parity("--model", model, "--dump", dump) == 0
+    assert parity("--model", model, "--against", dump) == 0
+    assert "agree: " in capsys.readouterr().out
+    changed = copy("small-sd1-4ch")
+    weaken(changed)
+    assert parity("--model", changed, "--against", dump, "--json") == 1
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert (report["agree"], report["first_cause"]) == (False, "unet.mid_block.resnets.0.conv2")
+    assert "error" not in err
+    assert parity("--model", model) == 2
+    assert 'pip install "minpaint[test]"' in capsys.readouterr().err
+    assert parity("--model", model, "--dump", tmp_path / "other", "--side", "diffusers") == 2
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("small-v", "fp32"), ("small-sd1", "bf16")])
+def test_a_dump_of_diffusers_agrees_and_its_fault_is_named(
+    checkpoint: Callable[[str], Path], copy: Callable[[str], Path], tmp_path: Path, family: str, dtype: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model, dump = checkpoint(family), tmp_path / "dump"
+    assert parity("--model", model, "--dump", dump, "--side", "diffusers", "--dtype", dtype) == 0
+    assert parity("--model", model, "--against", dump) == 0
+    if dtype == "fp32":
+        changed = copy(family)
+        weaken(changed)
+        assert parity("--model", changed, "--against", dump) == 1
+        assert "the first cause is unet.mid_block.resnets.0.conv2" in capsys.readouterr().out
+
+
+def test_a_third_implementation_agrees(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """One that computes in float64 and has measured no floors; its noise it takes from a dump."""
+    folder, case = checkpoint("small-sd1"), replace(FP32, noise="its own")
+    loaded = load_checkpoint(folder)
+    made = []
+    for stage in stages(minpaint_side(loaded, case, CPU, torch.float64), loaded, case):
+        layers = [
+            Layer(layer.name, {role: single(value) for role, value in layer.inputs.items()}, single(layer.output))
+            for layer in stage.layers
+        ]
+        made.append(Stage(stage.name, layers, {name: single(tensor) for name, tensor in stage.tensors.items()}))
+    (tmp_path / "dump").mkdir()
+    write_dump(tmp_path / "dump", "a port", case, loaded.architecture, made)
+    assert parity("--model", folder, "--steps", 4, "--against", tmp_path / "dump") == 0
+
+
+def single(value: Any) -> Any:
+    if isinstance(value, list):
+        return [single(each) for each in value]
+    return value.float() if value.is_floating_point() else value
+
+
+def test_a_repository_of_half_precision_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_checkpoint(tmp_path / "model", FAMILIES["small-sd1"], dtype=torch.float16, variant="fp16")
+    (folder / "model_index.json").unlink()  # which minpaint does not fetch
+    assert parity("--model", folder) == 0
+    assert parity("--model", folder, "--dtype", "bf16") == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("naming", ["kohya", "peft"])
+def test_a_lora_and_another_vae_are_on_both_sides(
+    checkpoint: Callable[[str], Path], tmp_path: Path, naming: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = lora_files.write(tmp_path / "lora.safetensors", checkpoint("small-sd1"), naming)
+    other = write_checkpoint(tmp_path / "other", FAMILIES["small-sd1"], seed=5)
+    dtype = "bf16" if naming == "peft" else "fp32"
+    words = ("--model", checkpoint("small-sd1"), "--vae", other, "--dtype", dtype)
+    assert parity(*words, "--lora", f"{lora}:0.7") == 0, capsys.readouterr().out
+    if naming == "kohya":
+        assert parity(*words, "--lora", f"{lora}:0.7", "--dump", tmp_path / "dump") == 0
+        assert parity(*words, "--lora", f"{lora}:0.6", "--against", tmp_path / "dump") == 1
+    capsys.readouterr()
+
+
+def empty(dump: Path) -> None:
+    for file in dump.iterdir():
+        file.unlink()
+
+
+def cut(name: str) -> Callable[[Path], object]:
+    return lambda dump: (dump / name).write_bytes((dump / name).read_bytes()[:-100])
+
+
+def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    def edited(dump: Path) -> None:
+        manifest = json.loads((dump / "parity.json").read_text())
+        change(manifest)
+        (dump / "parity.json").write_text(json.dumps(manifest))
+
+    return edited
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
+    "nothing there": (empty, (), "has no parity.json"),
+    "a cut file": (cut("unet-0.safetensors"), (), "unet-0.safetensors is damaged"),
+    "a missing file": (lambda dump: (dump / "run.safetensors").unlink(), (), "run.safetensors is missing"),
+    "a cut manifest": (cut("parity.json"), (), "parity.json is damaged"),
+    "no stages": (edit(lambda it: it.pop("stages")), (), "parity.json is damaged"),
+    "a layer without inputs": (edit(lambda it: it["stages"][0]["layers"][0].pop("inputs")), (), "is damaged"),
+    "a layer of no tensor": (edit(lambda it: it["stages"][0]["layers"][0].update(output="none")), (), "is damaged"),
+    "a case of text": (edit(lambda it: it["case"].update(steps="two")), (), "parity.json is damaged"),
+    "no picture": (edit(lambda it: it["case"].update(width=0)), (), "parity.json is damaged"),
+    "a later format": (edit(lambda it: it.update(format=2)), (), "is of format 2"),
+    "other layers": (edit(lambda it: [layer.update(name="x") for stage in it["stages"] for layer in stage["layers"]]
+        and it["stages"].pop()), (), "no layer of this model"),
+    "a run cut short": (edit(lambda it: it["case"].update(steps=3)), (), "record"),
+    "another size": (lambda dump: None, ("--size", "72x64"), "was made with size 64x64"),
+    "other steps": (lambda dump: None, ("--steps", "3"), "was made with steps 2"),
+    "another dtype": (lambda dump: None, ("--dtype", "bf16"), "was made with dtype fp32"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def good_dump(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dump = tmp_path_factory.mktemp("dumps") / "dump"
+    assert parity("--model", checkpoint("small-sd1"), "--dump", dump, "--quiet") == 0
+    return dump
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_dump_that_cannot_be_used_is_one_line(
+    checkpoint: Callable[[str], Path], good_dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    damage, words, told = DAMAGES[name]
+    dump = shutil.copytree(good_dump, tmp_path / "dump")
+    damage(dump)
+    given = ["parity", "--model", str(checkpoint("small-sd1")), "--device", "cpu", "--quiet", "--against", str(dump)]
+    assert main([*given, *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("minpaint: error: ")
+    assert err.count("\n") == 1
+    assert told in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--size", "64"), "is not WIDTHxHEIGHT"),
+        (("--size", "60x64"), "use multiples of 8"),
+        (("--steps", "0"), "steps must be"),
+        (("--seed", "-1"), "seed must be"),
+        (("--side", "diffusers"), "add --dump"),
+        (("--dump", "a", "--against", "b"), "leave one of them out"),
+        (("--html", "no/such/page.html"), "folder"),
+        (("--against", "no/such/dump"), "has no parity.json"),
+        (("--sampler", "pndm", "--steps", "2000"), "more than the 1000"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_one_line(
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: Patch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["parity", "--model", str(checkpoint("small-sd1")), "--device", "cpu", "--quiet", *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("minpaint: error: ")
+    assert err.count("\n") == 1
+    assert told in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dump_of_another_model_is_refused(
+    checkpoint: Callable[[str], Path], good_dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parity("--model", checkpoint("small-sd2"), "--against", good_dump) == 2
+    assert "is of another model (unet channels [32, 64] there, [64, 128] here)" in capsys.readouterr().err
+    assert parity("--model", checkpoint("small-sd1"), "--dump", good_dump) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
+
+
+def test_a_blanked_picture_has_a_noise_floor_of_its_own() -> None:
+    """One channel a group and no contrast: what the norm divides by is rounding, and the floor must tell."""
+    norm = nn.GroupNorm(8, 8, eps=1e-12)
+    calls: list[parity_record.Call] = []
+    x = torch.full((1, 8, 16, 16), 0.1) + 1e-7 * torch.rand(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        parity_record.record({"norm": norm}, lambda: norm(x), calls)
+        [call] = calls
+        floor = parity_record.noise_floor(call, call.inputs, call.output, torch.float32)
+        ordinary = parity_record.noise_floor(call, {"x": torch.randn(1, 8, 16, 16)}, call.output, torch.float32)
+    assert floor > 0.01
+    assert ordinary > 0.5  # against another output, as a check of the check
