@@ -300,6 +300,7 @@ fault("scaling factor", SD1, FP32, algorithm(scaling_factor=0.1825), "conditioni
 fault("weight of the guidance", SD1, FP32, algorithm(guidance=7.501), "guidance")
 fault("order of the guidance", SD1, FP32, swap_prompts, "guidance")
 fault("one timestep", SD1, FP32, schedule(timesteps=lambda t: (*t[:2], t[2] + 1, *t[3:])), "step 2")
+fault("a step too few", SD1, FP32, schedule(timesteps=lambda t: t[1:]), "timesteps")
 fault("the last noise level", SD1, FP32, schedule(alpha_bar_end=lambda level: 1.0), "step 3")
 fault("epsilon for v", V, FP32, schedule(prediction=lambda kind: "epsilon"), "step 0")
 fault("one step too far", V, FP32, sampler("ddim", 1, 1.00001), "step 1")
@@ -565,6 +566,15 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]
     return edited
 
 
+def drop(name: str) -> Callable[[Path], object]:
+    def dropped(dump: Path) -> None:
+        tensors = load_file(dump / "run.safetensors")
+        del tensors[name]
+        save_file(tensors, dump / "run.safetensors")
+
+    return dropped
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "nothing there": (empty, (), "has no parity.json"),
     "a cut file": (cut("unet-0.safetensors"), (), "unet-0.safetensors is damaged"),
@@ -578,7 +588,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "a later format": (edit(lambda it: it.update(format=2)), (), "is of format 2"),
     "other layers": (edit(lambda it: [layer.update(name="x") for stage in it["stages"] for layer in stage["layers"]]
         and it["stages"].pop()), (), "no layer of this model"),
-    "a run cut short": (edit(lambda it: it["case"].update(steps=3)), (), "record"),
+    "a run without its picture": (drop("picture"), (), "the recorded run has no picture"),
+    "a run without its last step": (drop("step.1.guided"), (), "the recorded run has no step.1.guided"),
     "another size": (lambda dump: None, ("--size", "72x64"), "was made with size 64x64"),
     "other steps": (lambda dump: None, ("--steps", "3"), "was made with steps 2"),
     "another dtype": (lambda dump: None, ("--dtype", "bf16"), "was made with dtype fp32"),

@@ -35,7 +35,7 @@ from minpaint.study.parity_record import (
     roundoff,
 )
 from minpaint.study.parity_report import Report, Row
-from minpaint.study.parity_sides import Case, Side, Tensors, Watched, count_steps, nearest_encoded, run_minpaint
+from minpaint.study.parity_sides import Case, Side, Tensors, Watched, count_steps, nearest_encoded, open_schedule, run_minpaint
 
 FACTOR = 4.0  # times the noise floor that is still rounding
 LEAST = 8.0  # roundings of the number format that are always allowed
@@ -131,16 +131,21 @@ def compare_run(
     in place of the networks', each step starting where the reference's did, for the errors of its own.
     before: the rows so far. ends: gets the final latents of minpaint and of the reference.
     """
-    theirs, unit = stage.tensors, roundoff(side.dtype)
-    least = LEAST * unit
+    theirs, least = stage.tensors, LEAST * roundoff(side.dtype)
     networks = PlainNetworks(side.modules["unet"], checkpoint.vae, side.modules["text_encoder"], checkpoint.tokenizer)
 
     def run(answers: Tensors | None, jitter: bool = False) -> Tensors:
         return run_minpaint(checkpoint, case, Watched(networks, side.device, side.dtype, case, answers, jitter))
 
+    calls, wanted = len(open_schedule(checkpoint, case)[1].timesteps), count_steps(theirs)
+    steps = (f"step.{k}.{part}" for k in range(wanted) for part in ("x", "t", "context", "output", "guided", "latents"))
+    if lacking := [name for name in ("embeddings", "encode.0.pixels", "picture", *steps) if name not in theirs]:
+        raise InputError(f"the recorded run has no {lacking[0]}; see minpaint/study/parity_dump.py for what it needs")
+    if calls != wanted:
+        yield Row("timesteps", UNLIKE, UNLIKE, least, f"{calls} calls of the UNet, the reference has {wanted}")
+        return
     try:
-        own, noisy = run(theirs), run(theirs, jitter=True)
-        ours = run(None)
+        own, noisy, ours = run(theirs), run(theirs, jitter=True), run(None)
     except RuntimeError as misfit:
         yield Row("run", UNLIKE, UNLIKE, least, f"fails: {misfit}")
         return
@@ -169,9 +174,6 @@ def compare_run(
         yield row(
             "conditioning", "step.0.x", lambda x: x[:, 4:], "the mask or the latents of the masked picture differ"
         )
-    calls, wanted = count_steps(own), count_steps(theirs)
-    if calls != wanted:
-        yield Row("timesteps", UNLIKE, UNLIKE, least, f"{calls} calls of the UNet, the reference has {wanted}")
     guided = [f"step.{k}.guided" for k in range(calls)]
     errors = [relative_error(own[name], theirs[name]) for name in guided]
     errors.append(relative_error(own["step.0.context"], theirs["step.0.context"]))
