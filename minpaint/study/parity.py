@@ -7,7 +7,7 @@ tolerance is the first cause; the parts of a layer come before it, so a layer is
 parts are right and what it does with them is not.
 
 The tolerance is measured: FACTOR times the noise floor, which is how far the reference is from itself when
-its inputs are perturbed by rounding or laid out the other way in memory. A layer of many parts has at least
+its inputs are perturbed by rounding and laid out the other way in memory. A layer of many parts has at least
 the floor that the rounding of its parts adds up to, and none is under LEAST roundings of the number format.
 """
 
@@ -24,18 +24,18 @@ from minpaint.engine.device import without_gradients
 from minpaint.errors import InputError
 from minpaint.models.networks import PlainNetworks
 from minpaint.picture.image import to_image, to_unit
-from minpaint.study.parity_record import (
-    UNLIKE,
-    Call,
-    Stage,
-    noise_floor,
-    record,
-    relative_error,
-    replay,
-    roundoff,
-)
+from minpaint.study.parity_record import UNLIKE, Call, Stage, noise_floor, record, relative_error, replay, roundoff
 from minpaint.study.parity_report import Report, Row
-from minpaint.study.parity_sides import Case, Side, Tensors, Watched, count_steps, nearest_encoded, open_schedule, run_minpaint
+from minpaint.study.parity_sides import (
+    Case,
+    Side,
+    Tensors,
+    Watched,
+    count_steps,
+    nearest_encoded,
+    open_schedule,
+    run_minpaint,
+)
 
 FACTOR = 4.0  # times the noise floor that is still rounding
 LEAST = 8.0  # roundings of the number format that are always allowed
@@ -118,12 +118,7 @@ def compare_layers(stage: Stage, side: Side, case: Case) -> list[Row]:
 
 
 def compare_run(
-    stage: Stage,
-    side: Side,
-    checkpoint: Checkpoint,
-    case: Case,
-    before: Mapping[str, Row],
-    ends: list[Tensor],
+    stage: Stage, side: Side, checkpoint: Checkpoint, case: Case, before: Mapping[str, Row], ends: list[Tensor]
 ) -> Iterator[Row]:
     """The rows of a whole run.
 

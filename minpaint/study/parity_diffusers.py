@@ -117,34 +117,31 @@ def _open(diffusers: Any, checkpoint: Checkpoint, config: Any, vae: Any, dtype: 
     file = next(iter(directories["unet"].values())).file
     folder = file.parent.parent
     parts: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-    if vae is not None:
-        parts["vae"] = _open_vae(diffusers, next(iter(directories["encoder"].values())).file, folder, dtype)
+    vae_file = next(iter(directories["encoder"].values())).file
+    if vae is not None and (vae_file.parent / "config.json").is_file():
+        parts["vae"] = _from_folder(diffusers.AutoencoderKL, vae_file, dtype)
+    elif vae is not None:  # one file in latent diffusion's names
+        built = {"config": str(folder), "subfolder": "vae"} if (folder / "vae" / "config.json").is_file() else {}
+        parts["vae"] = diffusers.AutoencoderKL.from_single_file(str(vae_file), torch_dtype=dtype, **built)
     if file.parent.name != "unet" or not (file.parent / "config.json").is_file():
         where = {} if config is None else {"config": str(config)}
         return diffusers.StableDiffusionInpaintPipeline.from_single_file(str(file), torch_dtype=dtype, **where, **parts)
 
-    def model(kind: Any, part: str, directory: str) -> Any:
-        found = VARIANT.search(next(iter(directories[directory].values())).file.name)
-        options = {"variant": found[1] if found else None, "torch_dtype": dtype, "use_safetensors": True}
-        return kind.from_pretrained(folder / part, **options)
-
-    parts["unet"] = model(diffusers.UNet2DConditionModel, "unet", "unet")
-    parts["text_encoder"] = model(CLIPTextModel, "text_encoder", "text_encoder")
+    parts["unet"] = _from_folder(diffusers.UNet2DConditionModel, file, dtype)
+    text_file = next(iter(directories["text_encoder"].values())).file
+    parts["text_encoder"] = _from_folder(CLIPTextModel, text_file, dtype)
     if vae is None:
-        parts["vae"] = model(diffusers.AutoencoderKL, "vae", "encoder")
+        parts["vae"] = _from_folder(diffusers.AutoencoderKL, vae_file, dtype)
     parts["tokenizer"] = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     parts["scheduler"] = diffusers.DDIMScheduler()  # until _scheduler makes the one that is used
     return diffusers.StableDiffusionInpaintPipeline(feature_extractor=None, **parts)
 
 
-def _open_vae(diffusers: Any, file: Path, folder: Path, dtype: torch.dtype) -> Any:
-    """The VAE from the file that minpaint reads, in diffusers' layout or in latent diffusion's names."""
-    if (file.parent / "config.json").is_file():
-        found = VARIANT.search(file.name)
-        variant = found[1] if found else None
-        return diffusers.AutoencoderKL.from_pretrained(file.parent, variant=variant, torch_dtype=dtype)
-    built = {"config": str(folder), "subfolder": "vae"} if (folder / "vae" / "config.json").is_file() else {}
-    return diffusers.AutoencoderKL.from_single_file(str(file), torch_dtype=dtype, **built)
+def _from_folder(kind: Any, file: Path, dtype: torch.dtype) -> Any:
+    """A model from the folder of the file that minpaint reads, and from the same variant, as `fp16`."""
+    found = VARIANT.search(file.name)
+    options = {"variant": found[1] if found else None, "torch_dtype": dtype, "use_safetensors": True}
+    return kind.from_pretrained(file.parent, **options)
 
 
 def _add_loras(pipe: Any, lora: Iterable[str], checkpoint: Checkpoint) -> None:

@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,31 +103,23 @@ def record(modules: Mapping[str, nn.Module], run: Callable[[], object], calls: l
     """Run something, and append to `calls` every call of these modules, in the order in which they end."""
     begun: dict[str, inspect.BoundArguments] = {}
 
-    def before(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            begun[name] = _copied(inspect.signature(type(module).forward).bind(module, *args, **kwargs))
+    def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begun[name] = _copied(inspect.signature(type(module).forward).bind(module, *args, **kwargs))
 
-        return hook
-
-    def after(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            bound = begun.pop(name)
-            roles = {}
-            for number, (parameter, value) in enumerate(bound.arguments.items()):
-                role = "x" if number == 1 else ROLES.get(parameter)
-                listed = isinstance(value, list) and all(isinstance(each, Tensor) for each in value)
-                if role and (isinstance(value, Tensor) or listed):
-                    roles[role] = parameter
-            if "x" in roles:
-                calls.append(Call(name, module, bound, roles, first_tensor(output)))
-
-        return hook
+    def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        bound, roles = begun.pop(name), {}
+        for number, (parameter, value) in enumerate(bound.arguments.items()):
+            role = "x" if number == 1 else ROLES.get(parameter)
+            if role and isinstance(value, (Tensor, list)):
+                roles[role] = parameter
+        if "x" in roles:
+            calls.append(Call(name, module, bound, roles, first_tensor(output)))
 
     handles = []
     try:
         for name, module in modules.items():
-            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(after(name)))
+            handles.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(after, name)))
         run()
     finally:
         for handle in handles:
@@ -134,13 +127,10 @@ def record(modules: Mapping[str, nn.Module], run: Callable[[], object], calls: l
 
 
 def _copied(bound: inspect.BoundArguments) -> inspect.BoundArguments:
-    """The same arguments, with lists (and tuples, as lists) of their own."""
-    arguments = dict(bound.arguments)
-    for name, value in arguments.items():
-        if isinstance(value, (list, tuple)) and ROLES.get(name) == "skips":
-            arguments[name] = list(value)
+    """The same arguments, with skips in a list of their own."""
     copy = bound.signature.bind_partial()
-    copy.arguments.update(arguments)
+    for name, value in bound.arguments.items():
+        copy.arguments[name] = list(value) if ROLES.get(name) == "skips" else value
     return copy
 
 
@@ -202,17 +192,13 @@ def relaid(tensor: Tensor) -> Tensor:
 
 
 def noise_floor(call: Call, inputs: Inputs, output: Tensor, dtype: torch.dtype) -> float:
-    """How far a module is from itself on inputs that are perturbed by rounding, or laid out the other way in memory."""
-    errors = []
-    for other in (lambda tensor: perturbed(tensor, dtype), relaid):
-        changed: dict[str, Tensor | list[Tensor]] = {}
-        for role, value in inputs.items():
-            if role == "t":
-                continue
-            changed[role] = [other(each) for each in value] if isinstance(value, list) else other(value)
-        errors.append(relative_error(replay(call, changed | _timestep(inputs)), output))
-    return max(errors)
+    """How far a module is from itself on inputs that are perturbed by rounding and laid out the other way in memory."""
 
+    def other(tensor: Tensor) -> Tensor:
+        return relaid(perturbed(tensor, dtype))
 
-def _timestep(inputs: Inputs) -> dict[str, Any]:
-    return {"t": inputs["t"]} if "t" in inputs else {}
+    changed = {
+        role: value if role == "t" else [other(each) for each in value] if isinstance(value, list) else other(value)
+        for role, value in inputs.items()
+    }
+    return relative_error(replay(call, changed), output)
