@@ -397,7 +397,10 @@ CLEAN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "case"), CLEAN)
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [pytest.param(*clean, marks=pytest.mark.slow if k >= 6 else ()) for k, clean in enumerate(CLEAN)],
+)
 def test_no_alarm_where_nothing_is_planted(
     opened: Callable[..., tuple[Checkpoint, Side]],
     reference: Callable[[str, Case], list[Stage]],
