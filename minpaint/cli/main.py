@@ -1,8 +1,8 @@
 """The command line: `python -m minpaint VERB`, where each verb is a function in a module beside this one.
 
 Exit codes: 0 done; 2 bad usage or bad input; 3 the budget cannot hold; 4 a painting is flagged by --safety; 130 stopped
-by Ctrl-C, 143 by SIGTERM; 1 anything else.
-Messages go to stderr; stdout is for what plan, info and --json print, and nothing else.
+by Ctrl-C, 143 by SIGTERM; 1 anything else, and what parity compares differs.
+Messages go to stderr; stdout is for what plan, info, parity and --json print, and nothing else.
 """
 
 from __future__ import annotations
@@ -28,8 +28,15 @@ from minpaint.errors import (
 )
 
 STOPPED = "stopped; nothing half-written is left"
-VERBS = {None: "demo:demo", "paint": "paint:paint", "plan": "plan:plan", "info": "paint:info"}
-VERBS |= {"trace": "study:trace", "compare": "study:compare"}
+VERBS = {
+    None: "demo:demo",
+    "paint": "paint:paint",
+    "plan": "plan:plan",
+    "info": "paint:info",
+    "trace": "study:trace",
+    "compare": "study:compare",
+    "parity": "parity:parity",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with suppress(ValueError):  # only the main thread may
             before = {number: signal.signal(number, _leave) for number in (signal.SIGINT, signal.SIGTERM)}
-        _run(arguments, stoppable=bool(before))
+        code = _run(arguments, stoppable=bool(before))
     except BrokenPipeError:  # whoever read stdout has seen enough
         code = 1
     except KeyboardInterrupt as stop:
@@ -80,7 +87,7 @@ def _stop(number: int, frame: object) -> None:
     raise _Stopped(number)
 
 
-def _run(arguments: list[str] | None, stoppable: bool) -> None:
+def _run(arguments: list[str] | None, stoppable: bool) -> int:
     started = time.perf_counter()
     if None in (sys.stdin, sys.stdout, sys.stderr):  # a file opened now would get the number of a closed stream
         while os.open(os.devnull, os.O_RDWR) <= 2:
@@ -88,7 +95,7 @@ def _run(arguments: list[str] | None, stoppable: bool) -> None:
         sys.stderr = sys.stderr or os.fdopen(2, "w")
     options = parse(arguments)
     options.started, quiet = started, getattr(options, "quiet", False)
-    printed = options.verb in ("plan", "info") or getattr(options, "json", False)
+    printed = options.verb in ("plan", "info", "parity") or getattr(options, "json", False)
     if sys.stdout is None and (printed or getattr(options, "output", None) == STREAM):
         raise InputError("stdout is closed, where the result is to be written; leave it open")
     note: Note = (lambda line: None) if quiet else _say
@@ -109,7 +116,7 @@ def _run(arguments: list[str] | None, stoppable: bool) -> None:
         verb = resolve_name(f"minpaint.cli.{VERBS[options.verb]}")
         for number in (signal.SIGINT, signal.SIGTERM) if stoppable else ():
             signal.signal(number, _stop)
-        verb(options, note)
+        return int(verb(options, note) or 0)
 
 
 def _say(line: str) -> None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, fields
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from minpaint import __version__
 from minpaint.errors import InputError
@@ -83,19 +83,79 @@ OPTIONS: list[Option] = [
     (MACHINE, "--overwrite", "replace outputs that exist, --image itself if named", SWITCH),
     (MACHINE, "--record", "keep what repeats the run in the file (default: on)", {**ON_OFF, "default": True}),
 ]
-UNTRACED = ("-o --output", "--best", "--safety", "--explain-mask", "--record")  # of paint, which a trace has no use for
-TRACED: list[Option] = [
-    (WHAT, "-o --output", "the page (default: trace.html)", {**FILE, "default": "trace.html"}),
-    (WHAT, "--raw", "also write all tensors as safetensors into this folder", {"metavar": "FOLDER"}),
-    (WHAT, "--versus", "compare with the same run with these options added, in one string", {"metavar": "OPTIONS"}),
-]
-PLANNED = "--model --vae --lora --config --guidance --count --device --fast --dtype --budget --json"
 REPEATED = {"model", "vae", "config", "image", "mask", "dtype"} | {
     field.name for field in fields(Settings)
 }  # by --like
 
 
-COMPARE = "Repeat the runs that painted two files, and show in one HTML page where they part and by how much."
+class Verb(NamedTuple):
+    """A verb of the command line: a line about it, a longer text, which of OPTIONS it takes, and options of its own."""
+
+    summary: str
+    text: str
+    takes: set[str]
+    own: list[Option]
+
+
+def _taken(names: str) -> set[str]:
+    return set(names.split())
+
+
+PAINTED = {names for _, names, _, _ in OPTIONS}
+VERBS = {
+    "paint": Verb(
+        "repaint the white part of a mask from a prompt",
+        "Repaint the white part of a mask from a prompt.",
+        PAINTED,
+        [],
+    ),
+    "plan": Verb(
+        "say what a run will take, and how it will keep within a budget",
+        """Predict the memory of a run from a checkpoint's shapes; no weights are read, none fetched.
+        A device that this machine lacks is planned for too.""",
+        _taken("--model --vae --lora --config --guidance --count --device --fast --dtype --budget --json"),
+        [(WHAT, "--size", "what the network paints (default: 512x512)", {"default": "512x512", "metavar": "WxH"})],
+    ),
+    "info": Verb(
+        "print how a picture was painted",
+        "Print the record that minpaint left in a file.",
+        _taken("--json"),
+        [(WHAT, "file", "a picture that minpaint wrote; - reads stdin", FILE)],
+    ),
+    "trace": Verb(
+        "show what happens in a run, step by step",
+        "Paint, and show in one HTML page what happens between the prompt and the picture.",
+        PAINTED - {"-o --output", "--best", "--safety", "--explain-mask", "--record"},
+        [
+            (WHAT, "-o --output", "the page (default: trace.html)", {**FILE, "default": "trace.html"}),
+            (WHAT, "--raw", "also write all tensors as safetensors into this folder", {"metavar": "FOLDER"}),
+            (WHAT, "--versus", "compare with the same run with these options added", {"metavar": "'OPTIONS'"}),
+        ],
+    ),
+    "compare": Verb(
+        "show where two painted files' runs part",
+        "Repeat the runs that painted two files, and show in one HTML page where they part and by how much.",
+        _taken("--json --quiet --overwrite"),
+        [
+            (WHAT, "files", "a picture that minpaint wrote; its run is repeated", {**FILE, "nargs": 2}),
+            (WHAT, "-o --output", "the page (default: compare.html)", {**FILE, "default": "compare.html"}),
+        ],
+    ),
+    "parity": Verb(
+        "say whether minpaint and diffusers agree on a checkpoint",
+        """Run minpaint and diffusers (or a dump of another implementation) on one checkpoint, and name the first
+        layer or step where they differ. Exit code 0: they agree, 1: they differ.""",
+        _taken("--model --vae --lora --config --sampler --seed --device --dtype --json --quiet --overwrite"),
+        [
+            (WHAT, "--size", "what is painted (default: the model's own size, at most 256x256)", {"metavar": "WxH"}),
+            (WHAT, "--steps", "sampler steps of the whole run (default: 4)", {"type": int}),
+            (WHAT, "--html", "also write the whole table as a page", FILE),
+            (WHAT, "--dump", "write the tensors of one side to a folder, and compare nothing", {"metavar": "DIR"}),
+            (WHAT, "--side", "whose tensors --dump writes (default: minpaint)", {"choices": ("minpaint", "diffusers")}),
+            (WHAT, "--against", "compare with a dump in place of diffusers", {"metavar": "DIR"}),
+        ],
+    ),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -110,39 +170,21 @@ def make_parser(record: dict[str, Any] | None = None) -> argparse.ArgumentParser
     text = "Stable Diffusion inpainting. Without a verb: repaint the bundled example."
     parser = _Parser(prog="python -m minpaint", description=text)
     parser.add_argument("--version", action="version", version=f"minpaint {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
-    text = "Repaint the white part of a mask from a prompt."
-    paint = verbs.add_parser("paint", help="repaint the white part of a mask from a prompt", description=text)
-    text = "Paint, and show in one HTML page what happens between the prompt and the picture."
-    trace = verbs.add_parser("trace", help="show what happens in a run, step by step", description=text)
-    headings = (WHAT, MODEL, HOLE, MACHINE)
-    groups, traced = ({name: verb.add_argument_group(name) for name in headings} for verb in (paint, trace))
-    summary = "say what a run will take, and how it will keep within a budget"
-    text = """Predict the memory of a run from a checkpoint's shapes; no weights are read, none fetched.
-        A device that this machine lacks is planned for too."""
-    plan = verbs.add_parser("plan", help=summary, description=text)
-    plan.add_argument("--size", default="512x512", metavar="WxH", help="what the network paints (default: 512x512)")
-    for heading, names, text, more in OPTIONS:
-        parents = [groups[heading], *([plan] if names in PLANNED.split() else [])]
-        for parent in [*parents, *([] if names in UNTRACED else [traced[heading]])]:
-            # help is set afterwards, because argparse of Python 3.10 adds its own "(default: True)" to a switch's
-            parent.add_argument(*names.split(), **more).help = text
-    for heading, names, text, more in TRACED:
-        traced[heading].add_argument(*names.split(), help=text, **more)
-    for verb in (paint, trace):
-        verb.set_defaults(repeats=record, **{name: value for name, value in (record or {}).items() if name in REPEATED})
-    plan.set_defaults(model="tiny")
-    text = "Print the record that minpaint left in a file."
-    compare = verbs.add_parser("compare", help="show where two painted files' runs part", description=COMPARE)
-    compare.add_argument("files", metavar="FILE", nargs=2, help="a picture that minpaint wrote; its run is repeated")
-    text = "the page (default: compare.html)"
-    compare.add_argument("-o", "--output", default="compare.html", metavar="FILE", help=text)
-    for _, name, text, _ in OPTIONS:
-        if name in ("--json", "--quiet", "--overwrite"):
-            compare.add_argument(name, action="store_true", help=text)
-    info = verbs.add_parser("info", help="print how a picture was painted", description=text)
-    info.add_argument("file", metavar="FILE", help="a picture that minpaint wrote; - reads stdin")
-    info.add_argument("--json", action="store_true", help="print it as one JSON object")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+    for name, verb in VERBS.items():
+        parsed = subparsers.add_parser(name, help=verb.summary, description=verb.text)
+        groups = {heading: parsed.add_argument_group(heading) for heading in (WHAT, MODEL, HOLE, MACHINE)}
+        for heading, names, text, more in [*verb.own, *OPTIONS]:
+            if names in verb.takes or (heading, names, text, more) in verb.own:
+                # help is set afterwards, because argparse of Python 3.10 adds its own "(default: True)" to a switch's
+                groups[heading].add_argument(*names.split(), **more).help = text
+        if "--like" in verb.takes:
+            repeated = {name: value for name, value in (record or {}).items() if name in REPEATED}
+            parsed.set_defaults(repeats=record, **repeated)
+        elif "--model" in verb.takes:
+            parsed.set_defaults(model="tiny")
+        if name == "parity":
+            parsed.set_defaults(seed=None)
     return parser
 
 

@@ -109,13 +109,18 @@ def _compared(one: Trace, other: Trace, names: tuple[str, str], note: Note) -> t
 
 def _finish(options: Namespace, page: str, report: dict[str, Any], note: Note) -> None:
     """Write the page, and say so."""
-    try:
-        with new_file(Path(options.output).resolve(), options.overwrite) as file:
-            file.write(page.encode())
-    except (OSError, MinpaintError) as error:
-        raise MinpaintError(f"output {options.output}: {error}") from None
+    write_page(Path(options.output), page, options.overwrite)
     seconds = time.perf_counter() - options.started
     note(f"wrote {options.output} ({len(page.encode()) / 2**20:.1f} MiB)")
     note(f"done in {seconds:.1f} s")
     if options.json:
         print(json.dumps(report | {"seconds": round(seconds, 3)}))
+
+
+def write_page(target: Path, page: str, overwrite: bool) -> None:
+    """Write a page beside its target and rename it, so that no half page is left."""
+    try:
+        with new_file(target.resolve(), overwrite) as file:
+            file.write(page.encode())
+    except (OSError, MinpaintError) as error:
+        raise MinpaintError(f"output {target}: {error}") from None
