@@ -57,9 +57,8 @@ def load(
     they are needed.
 
     Raises:
-        InputError: an argument that cannot be used. CheckpointError: weights or configurations
-            that are missing, damaged or not supported. BudgetError: the budget cannot hold even
-            the smallest picture.
+        InputError: an argument that cannot be used. CheckpointError: weights or configurations that are
+            missing, damaged or not supported. BudgetError: the budget cannot hold even the smallest picture.
     """
     from minpaint.painter import open_painter
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,10 +93,9 @@ def inpaint(
 
     # 3. Denoise.
     context = context.repeat_interleave(len(x), dim=0)  # [n or 2n, tokens, D]
-    halves: tuple[Tensor | None, ...] = (None, None)  # eps without and with the prompt, of the last call
+    halves: dict[str, Any] = {}  # of the last call, where there is guidance: eps without and with the prompt
 
     def model(x: Tensor, t: float) -> Tensor:
-        nonlocal halves
         inputs = x if conditioning is None else torch.cat([x, conditioning], dim=1)
         if guided:
             inputs = torch.cat([inputs, inputs])  # once for each prompt
@@ -103,11 +103,11 @@ def inpaint(
         if not guided:
             return output
         without, with_prompt = output.chunk(2)
-        halves = tuple(schedule.split(each, x, t)[1] for each in (without, with_prompt))
+        halves["eps_uncond"], halves["eps_cond"] = (schedule.split(each, x, t)[1] for each in (without, with_prompt))
         return without + guidance * (with_prompt - without)
 
     for step in sampler(model, x, schedule, eta, partial(noise, shape), keep):
-        yield step._replace(eps_uncond=halves[0], eps_cond=halves[1])
+        yield step._replace(**halves)
 
 
 def put_back(picture: Tensor, noise: Tensor, cells: Tensor, schedule: Schedule, x: Tensor, t: float | None) -> Tensor:

@@ -183,10 +183,7 @@ class Painter:
         return paintings
 
     def watch(
-        self,
-        record: str | Sequence[str] = (),
-        attend: Attend | None = None,
-        patch: Mapping[str, Patch] | None = None,
+        self, record: str | Sequence[str] = (), attend: Attend | None = None, patch: Mapping[str, Patch] | None = None
     ) -> AbstractContextManager[Seen]:
         """See into the UNet of all runs in a `with` statement, and change what it does (study/watch.py)."""
         from minpaint.study.watch import watch

@@ -33,8 +33,7 @@ class Step(NamedTuple):
     i: number of the call, from 0. t: its timestep. x: latents [B, 4, h, w] after the move.
     x0, eps: the clean latents and the noise that the network predicted in this call.
     total: how many calls the run makes.
-    eps_uncond, eps_cond: eps without and with the prompt, before guidance made one of the two;
-    None without guidance.
+    eps_uncond, eps_cond: eps without and with the prompt, of which guidance makes one; or None.
     """
 
     i: int

@@ -79,8 +79,7 @@ class Schedule:
     alpha_bar_end: the level that lies before timestep 0.
     warm_up: the Runge-Kutta calls of PNDM before any were left out for `strength`, else empty.
     clip: bound on the predicted x0, or None.
-    strength: 1 if the run starts from noise alone; below 1 it starts from a noised picture, and
-        the first timesteps are left out.
+    strength: 1 if the run starts from noise alone; below, from a noised picture, without the first timesteps.
     """
 
     alpha_bar: tuple[float, ...]
@@ -119,11 +118,7 @@ class Schedule:
 
 
 def make_schedule(
-    config: SchedulerConfig,
-    sampler: str,
-    steps: int,
-    strength: float = 1.0,
-    runge_kutta: bool = False,
+    config: SchedulerConfig, sampler: str, steps: int, strength: float = 1.0, runge_kutta: bool = False
 ) -> Schedule:
     """The schedule of one run.
 
@@ -134,8 +129,7 @@ def make_schedule(
         runge_kutta: begin PNDM with its Runge-Kutta warm-up (needs 4 steps).
 
     Raises:
-        InputError: `steps` or `strength` leave nothing to do, or reach past the training's
-            timesteps.
+        InputError: `steps` or `strength` leave nothing to do, or reach past the training's timesteps.
         CheckpointError: the checkpoint's settings cannot be used with this sampler.
     """
     if sampler == "pndm" and config.zero_terminal_snr:  # its formula divides by the signal
