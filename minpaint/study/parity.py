@@ -130,7 +130,8 @@ def compare_run(
     networks = PlainNetworks(side.modules["unet"], checkpoint.vae, side.modules["text_encoder"], checkpoint.tokenizer)
 
     def run(answers: Tensors | None, jitter: bool = False) -> Tensors:
-        return run_minpaint(checkpoint, case, Watched(networks, side.device, side.dtype, case, answers, jitter))
+        watched = Watched(networks, side.device, side.dtype, case, answers, jitter, draws=theirs)
+        return run_minpaint(checkpoint, case, watched)
 
     calls, wanted = len(open_schedule(checkpoint, case)[1].timesteps), count_steps(theirs)
     steps = (f"step.{k}.{part}" for k in range(wanted) for part in ("x", "t", "context", "output", "guided", "latents"))

@@ -187,7 +187,8 @@ class Watched:
     """Networks (models/networks.py) in a number format, which write down what they are asked and what they answer.
 
     seen: what was written down, under the names of parity_dump. answers: another run, whose networks'
-    answers are given instead of computing any. jitter: perturb what goes in by rounding.
+    answers are given instead of computing any. jitter: perturb what goes in by rounding. draws: a run whose
+    random draws are taken, if they are not those that minpaint makes from the seed.
     """
 
     def __init__(
@@ -198,9 +199,10 @@ class Watched:
         case: Case,
         answers: Mapping[str, Tensor] | None = None,
         jitter: bool = False,
+        draws: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.networks, self.device, self.dtype, self.case = networks, device, dtype, case
-        self.answers, self.jitter = answers, jitter
+        self.answers, self.jitter, self.draws = answers, jitter, None if case.noise == "torch" else draws
         self.seen: Tensors = {}
         self.seeded = seeded_noise([case.seed])
         self.calls = self.encoded = self.drawn = 0
@@ -248,10 +250,9 @@ class Watched:
     def noise(self, shape: tuple[int, ...]) -> Tensor:
         """The next draw, from the seed or, if the other run has draws of its own, its next."""
         name, self.drawn = f"draw.{self.drawn}", self.drawn + 1
-        if self.case.noise == "torch" or self.answers is None:
-            self.seen[name] = self.seeded(shape)
-        else:
-            self.seen[name] = self.answer(name)
+        if self.draws is not None and name not in self.draws:
+            raise InputError(f"the recorded run has no {name}, which this run asks for; record all draws")
+        self.seen[name] = self.seeded(shape) if self.draws is None else self.draws[name].float()
         drawn = self.seen[name]
         return (perturbed(drawn, self.dtype) if self.jitter else drawn).to(self.device)
 
