@@ -124,7 +124,8 @@ def watch(
         InputError: a name fits no module.
     """
     seen, parts = Seen(), dict[str, list[Tensor]]()
-    modules = {f"{UNET}.{name}".rstrip("."): module for name, module in painter.unet.named_modules()}
+    called = [(name, module) for name, module in painter.unet.named_modules() if not isinstance(module, nn.ModuleList)]
+    modules = {f"{UNET}.{name}".rstrip("."): module for name, module in called}  # a list is never called
     before = painter.around
 
     def around(networks: Networks) -> Networks:
