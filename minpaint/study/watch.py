@@ -197,7 +197,7 @@ def _project(
     seen: Seen, projected: dict[str, Tensor], key: str, layer: nn.Module, inputs: object, output: Tensor
 ) -> None:
     if seen.step is not None:
-        projected[key] = output
+        projected[key] = output.clone()  # the engine keeps the prompt's; `attend` may write into what it is given
 
 
 def _attend(
