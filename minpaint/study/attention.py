@@ -61,11 +61,17 @@ def positions_of(tokenizer: Any, prompt: str, word: str) -> list[int]:
 
 
 def remember(weights: Weights, names: str = "*") -> Attend:
-    """Keep the weights of the attentions whose names fit, and change nothing."""
+    """Keep the weights of the attentions whose names fit, and change nothing; for one `with` statement.
+
+    A batch that the budget splits comes in parts, which are joined.
+    """
+    begun = set[tuple[str, int]]()
 
     def attend(name: str, step: int, q: Tensor, k: Tensor, v: Tensor, attend: object) -> None:
         if fnmatch.fnmatchcase(name, names):
-            weights[name, step] = attention_weights(q, k)
+            part, key = attention_weights(q, k), (name, step)
+            weights[key] = torch.cat([weights[key], part]) if key in begun else part
+            begun.add(key)
 
     return attend
 
@@ -77,11 +83,16 @@ def prompt_to_prompt(weights: Weights, cross: int, own: int) -> Attend:
     cross, own: in how many of the first steps the weights are replaced in attention to the prompt, which says
     where each word goes, and in the picture's attention to itself, which holds its shapes.
     """
+    done = dict[tuple[str, int], int]()  # rows, where the budget splits the batch
 
     def attend(name: str, step: int, q: Tensor, k: Tensor, v: Tensor, attend: object) -> Tensor | None:
         if step >= (cross if name.endswith(TO_PROMPT) else own):
             return None
-        kept = weights.get((name, step))
+        key, kept = (name, step), None
+        if key in weights:
+            first = done.get(key, 0) % len(weights[key])
+            done[key] = first + len(q)
+            kept = weights[key][first : first + len(q)]
         if kept is None or kept.shape != (*q.shape[:3], k.shape[2]):
             raise InputError(f"nothing of this shape is remembered of {name} at step {step}; repeat the first run's")
         return kept.to(v) @ v
