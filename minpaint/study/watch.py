@@ -202,7 +202,7 @@ def _record(seen: Seen, parts: list[Tensor], module: nn.Module, inputs: object, 
 
 
 def _patch(seen: Seen, name: str, function: Patch, module: nn.Module, inputs: object, output: Tensor) -> Tensor | None:
-    patched = None if seen.step is None else function(seen.step, output)
+    patched = None if seen.step is None else function(seen.step, output.clone())  # as in _project
     return None if patched is None else _checked(patched, output, f"the patch of {name}")
 
 
