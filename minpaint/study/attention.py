@@ -62,10 +62,12 @@ def positions_of(tokenizer: Any, prompt: str, word: str) -> list[int]:
 
 def remember(weights: Weights, names: str = "*") -> Attend:
     """Keep the weights of the attentions whose names fit, and change nothing."""
+    progress = _Progress()
 
     def attend(name: str, step: int, q: Tensor, k: Tensor, v: Tensor, attend: object) -> None:
         if fnmatch.fnmatchcase(name, names):
-            weights[name, step] = attention_weights(q, k)
+            part, rows = attention_weights(q, k), progress.rows(name, step, len(q))
+            weights[name, step] = torch.cat([weights[name, step], part]) if rows.start else part
 
     return attend
 
@@ -77,16 +79,34 @@ def prompt_to_prompt(weights: Weights, cross: int, own: int) -> Attend:
     cross, own: in how many of the first steps the weights are replaced in attention to the prompt, which says
     where each word goes, and in the picture's attention to itself, which holds its shapes.
     """
+    progress = _Progress()
 
     def attend(name: str, step: int, q: Tensor, k: Tensor, v: Tensor, attend: object) -> Tensor | None:
         if step >= (cross if name.endswith(TO_PROMPT) else own):
             return None
-        kept = weights.get((name, step))
-        if kept is None or kept.shape != (*q.shape[:3], k.shape[2]):
+        rows, kept, before = progress.rows(name, step, len(q)), weights.get((name, step)), (name, step - 1)
+        short = before in progress.done and progress.done[before] < len(weights[before])
+        if kept is None or short or kept[rows].shape != (*q.shape[:3], k.shape[2]):
             raise InputError(f"nothing of this shape is remembered of {name} at step {step}; repeat the first run's")
-        return kept.to(v) @ v
+        return kept[rows].to(v) @ v
 
     return attend
+
+
+class _Progress:
+    """How many rows each attention has computed in each step: some at a time where the budget splits the batch."""
+
+    def __init__(self) -> None:
+        self.done: dict[tuple[str, int], int] = {}
+        self.step = 0
+
+    def rows(self, name: str, step: int, count: int) -> slice:
+        """Which rows are the next ones."""
+        if step < self.step:  # another run
+            self.done.clear()
+        self.step, first = step, self.done.get((name, step), 0)
+        self.done[name, step] = first + count
+        return slice(first, first + count)
 
 
 def reweight(positions: Collection[int], factor: float) -> Attend:

@@ -15,6 +15,7 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,6 +54,7 @@ class Seen(Mapping[str, "list[Halves]"]):
     step: the number of the call in progress, counted from 0 when watching began; None between calls.
     rows: which rows of its batch are being computed: all, unless the budget is too small for that.
     guided: whether the first half of the batch is without the prompt, and the second half with it.
+    watching: until the `with` statement ends; a run that goes on after it is its own again.
     """
 
     def __init__(self) -> None:
@@ -61,6 +63,7 @@ class Seen(Mapping[str, "list[Halves]"]):
         self.rows = slice(0, 0)
         self.guided = False
         self.calls = 0
+        self.watching = True
 
     def __getitem__(self, name: str) -> list[Halves]:
         return self.outputs[name]
@@ -73,7 +76,7 @@ class Seen(Mapping[str, "list[Halves]"]):
 
 
 class WatchedNetworks:
-    """A run's networks, of which the UNet tells when a call begins and ends."""
+    """A run's networks, of which the UNet tells when a call begins and ends, as long as it is watched."""
 
     def __init__(self, networks: Networks, seen: Seen, guided: bool, parts: dict[str, list[Tensor]]) -> None:
         self.embed, self.encode, self.decode = networks.embed, networks.encode, networks.decode
@@ -81,7 +84,9 @@ class WatchedNetworks:
 
     def unet(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         seen = self.seen
-        seen.step, seen.guided, seen.rows = seen.calls, self.guided, slice(0, 0)
+        if not seen.watching:
+            return self.networks.unet(x, t, context)
+        seen.step, seen.guided, seen.rows = seen.calls, self.guided, slice(0)
         try:
             output = self.networks.unet(x, t, context)
             if seen.rows.stop != len(x):  # after a failure the engine begins again, with smaller batches
@@ -96,6 +101,27 @@ class WatchedNetworks:
             seen.step = None
         seen.calls += 1
         return output
+
+
+@dataclass
+class Around:
+    """What watching does with a run's networks; `before` is what was done with them already."""
+
+    painter: Painter
+    seen: Seen
+    parts: dict[str, list[Tensor]]
+    before: Callable[[Networks], Networks]
+
+    def __call__(self, networks: Networks) -> Networks:
+        run, networks = self.painter.last_run, self.before(networks)
+        assert run is not None
+        return WatchedNetworks(networks, self.seen, run.request.guided, self.parts)
+
+    def end(self) -> None:
+        """Stop watching; those who began later, and are not done, still come around this one until they are."""
+        self.seen.watching = False
+        while isinstance(self.painter.around, Around) and not self.painter.around.seen.watching:
+            self.painter.around = self.painter.around.before
 
 
 @contextmanager
@@ -124,16 +150,9 @@ def watch(
         InputError: a name fits no module.
     """
     seen, parts = Seen(), dict[str, list[Tensor]]()
-    modules = {f"{UNET}.{name}".rstrip("."): module for name, module in painter.unet.named_modules()}
-    before = painter.around
-
-    def around(networks: Networks) -> Networks:
-        run = painter.last_run
-        assert run is not None
-        return WatchedNetworks(before(networks), seen, run.request.guided, parts)
-
+    called = [(name, module) for name, module in painter.unet.named_modules() if not isinstance(module, nn.ModuleList)]
+    modules = {f"{UNET}.{name}".rstrip("."): module for name, module in called}  # a list is never called
     with ExitStack() as stack:
-        stack.callback(setattr, painter, "around", before)
 
         def hook(module: nn.Module, function: Callable[..., object]) -> None:
             stack.callback(module.register_forward_hook(function).remove)
@@ -154,7 +173,8 @@ def watch(
                     hook(module.get_submodule(key), partial(_project, seen, projected, key))
                 replace = partial(_attend, seen, projected, partial(attend, name), module)
                 stack.callback(module.to_out.register_forward_pre_hook(replace).remove)
-        painter.around = around
+        painter.around = Around(painter, seen, parts, painter.around)
+        stack.callback(painter.around.end)
         yield seen
 
 
@@ -182,7 +202,7 @@ def _record(seen: Seen, parts: list[Tensor], module: nn.Module, inputs: object, 
 
 
 def _patch(seen: Seen, name: str, function: Patch, module: nn.Module, inputs: object, output: Tensor) -> Tensor | None:
-    patched = None if seen.step is None else function(seen.step, output)
+    patched = None if seen.step is None else function(seen.step, output.clone())  # as in _project
     return None if patched is None else _checked(patched, output, f"the patch of {name}")
 
 
@@ -196,7 +216,7 @@ def _project(
     seen: Seen, projected: dict[str, Tensor], key: str, layer: nn.Module, inputs: object, output: Tensor
 ) -> None:
     if seen.step is not None:
-        projected[key] = output
+        projected[key] = output.clone()  # the engine keeps the prompt's; `attend` may write into what it is given
 
 
 def _attend(
