@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,8 +44,7 @@ def inpaint(
 
     Args:
         networks: whatever has `embed`, `encode`, `unet` and `decode`, such as PlainNetworks.
-        schedule: made for `sampler` by make_schedule; below strength 1 the hole starts from the
-            noised picture, otherwise from noise alone.
+        schedule: of make_schedule, for `sampler`; below strength 1 the hole starts from the noised picture.
         noise: where all random numbers come from, such as seeded_noise; n is its number of seeds.
             The order of the draws is part of the contract: a seed gives one picture.
         eta: randomness of ddim, from 0 (none) to 1.
@@ -93,7 +91,7 @@ def inpaint(
 
     # 3. Denoise.
     context = context.repeat_interleave(len(x), dim=0)  # [n or 2n, tokens, D]
-    halves: dict[str, Any] = {}  # of the last call, where there is guidance: eps without and with the prompt
+    last: list[Tensor] = []  # of the last call under guidance: its x, the outputs without and with the prompt
 
     def model(x: Tensor, t: float) -> Tensor:
         inputs = x if conditioning is None else torch.cat([x, conditioning], dim=1)
@@ -103,11 +101,15 @@ def inpaint(
         if not guided:
             return output
         without, with_prompt = output.chunk(2)
-        halves["eps_uncond"], halves["eps_cond"] = (schedule.split(each, x, t)[1] for each in (without, with_prompt))
+        last[:] = x, without, with_prompt
         return without + guidance * (with_prompt - without)
 
     for step in sampler(model, x, schedule, eta, partial(noise, shape), keep):
-        yield step._replace(**halves)
+        if guided:
+            t, (seen, *outputs) = schedule.timesteps[step.i], last
+            uncond, cond = (schedule.split(output, seen, t)[1] for output in outputs)
+            step = step._replace(eps_uncond=uncond, eps_cond=cond)
+        yield step
 
 
 def put_back(picture: Tensor, noise: Tensor, cells: Tensor, schedule: Schedule, x: Tensor, t: float | None) -> Tensor:

@@ -96,11 +96,10 @@ def pndm(
     diffusion runs it (ldm/models/diffusion/plms.py), where the first step is a pseudo
     improved Euler step (two calls) and the order then rises with the history.
 
-    The method combines raw network outputs, and only their combination moves x. That is sound
-    for eps; for v, whose meaning changes with the timestep, it costs an order of convergence,
-    and is kept because the reference does the same: prefer ddim or dpmpp there. Under
-    `strength` < 1 the schedule has lost its first calls and the second call still counts as
-    the corrector of the first, exactly as in the reference's pipeline.
+    The method combines raw network outputs, and only their combination moves x. That is sound for eps; for v, whose
+    meaning changes with the timestep, it costs an order of convergence, and is kept because the reference does the
+    same: prefer ddim or dpmpp there. Under `strength` < 1 the schedule has lost its first calls and the second call
+    still counts as the corrector of the first, exactly as in the reference's pipeline.
     """
     outputs: list[Tensor] = []  # of the last four multistep calls
     origin, combined = x, x  # where the present Runge-Kutta or Euler step began; its weighted sum
@@ -158,11 +157,10 @@ def dpmpp(
 ) -> Iterator[Step]:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2).
 
-    A multistep method of order 2 in the log signal-to-noise ratio lambda, over the predicted
-    x0. The first step has no history and is of order 1. So is the last: it ends at sigma 0,
-    where lambda is infinite and the update becomes x0 itself, the reference's default
-    (`final_sigmas_type="zero"`). Karras' noise levels lie between those of the training: the
-    network is then called with the nearest timestep.
+    A multistep method of order 2 in the log signal-to-noise ratio lambda, over the predicted x0. The first step has no
+    history and is of order 1. So is the last: it ends at sigma 0, where lambda is infinite and the update becomes x0
+    itself, the reference's default (`final_sigmas_type="zero"`). Karras' noise levels lie between those of the
+    training: the network is then called with the nearest timestep.
     """
     x0_before, width_before = None, 0.0
     for i, t, t_next in _calls(schedule):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,14 @@ def test_everybodys_hooks_are_called_as_often_as_by_the_plain_network(painter: P
     modules = {f"unet.{name}".rstrip(".") for name, _ in ours.unet.named_modules()}
     assert set(plain) == modules - lists
     assert all(len(calls) == steps and calls[0][0][0] == 2 for calls in plain.values())
+
+
+def test_so_it_does_at_noise_levels_between_timesteps(painter: Paint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Karras' levels: the network is called at the nearest timestep, but what it predicts is read at the level itself."""
+    ours = painter("small-v")
+    monkeypatch.setattr(ours, "scheduler_config", replace(ours.scheduler_config, use_karras_sigmas=True))
+    for step in step_by_step(ours, sampler="dpmpp", guidance=2.0, steps=7):
+        assert torch.allclose(step.eps, step.eps_uncond + 2.0 * (step.eps_cond - step.eps_uncond), 1e-4, 1e-4)
 
 
 @pytest.mark.parametrize("family", ["small-sd1", "small-sd2", "small-v"])

@@ -137,7 +137,7 @@ class Calls:
         tensor. On a GPU the whole call is recorded and replayed, unless weights are streamed.
         """
         unet, hooked, whole = self.networks.unet, has_hooks(self.networks.unet), strategy.batch >= len(x)
-        if self.prompt is None or self.prompt.context is not context:
+        if hooked or self.prompt is None or self.prompt.context is not context:  # a hook may change what it sees
             self.prompt, self.replay = PromptCache(context), None
             if self.device.type == "cuda" and strategy.fast and whole and not streamed and self._is_own(unet):
                 self.replay = GraphReplay(lambda x, t: unet(x, t, context), self.device)
