@@ -159,14 +159,6 @@ def test_everybodys_hooks_are_called_as_often_as_by_the_plain_network(painter: P
     assert all(len(calls) == steps and calls[0][0][0] == 2 for calls in plain.values())
 
 
-def test_so_it_does_at_noise_levels_between_timesteps(painter: Paint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Karras' levels: the network is called at the nearest timestep, but what it predicts is read at the level itself."""
-    ours = painter("small-v")
-    monkeypatch.setattr(ours, "scheduler_config", replace(ours.scheduler_config, use_karras_sigmas=True))
-    for step in step_by_step(ours, sampler="dpmpp", guidance=2.0, steps=7):
-        assert torch.allclose(step.eps, step.eps_uncond + 2.0 * (step.eps_cond - step.eps_uncond), 1e-4, 1e-4)
-
-
 @pytest.mark.parametrize("family", ["small-sd1", "small-sd2", "small-v"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_step_has_both_predictions_that_guidance_mixes(painter: Paint, family: str, sampler: str) -> None:
@@ -175,6 +167,14 @@ def test_a_step_has_both_predictions_that_guidance_mixes(painter: Paint, family:
         assert relative_error(step.eps_uncond, step.eps_cond) > 1e-3
     for step in step_by_step(painter(family), sampler=sampler, guidance=1.0):
         assert step.eps_uncond is step.eps_cond is None
+
+
+def test_a_step_has_both_also_at_noise_levels_between_timesteps(painter: Paint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Karras' levels: the network is called at the nearest timestep, but its output is read at the level itself."""
+    ours = painter("small-v")
+    monkeypatch.setattr(ours, "scheduler_config", replace(ours.scheduler_config, use_karras_sigmas=True))
+    for step in step_by_step(ours, sampler="dpmpp", guidance=2.0, steps=7):
+        assert torch.allclose(step.eps, step.eps_uncond + 2.0 * (step.eps_cond - step.eps_uncond), 1e-4, 1e-4)
 
 
 # What is refused ---------------------------------------------------------------------------------
