@@ -169,7 +169,9 @@ def test_a_step_has_both_predictions_that_guidance_mixes(painter: Paint, family:
         assert step.eps_uncond is step.eps_cond is None
 
 
-def test_a_step_has_both_also_at_noise_levels_between_timesteps(painter: Paint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_has_both_also_at_noise_levels_between_timesteps(
+    painter: Paint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Karras' levels: the network is called at the nearest timestep, but its output is read at the level itself."""
     ours = painter("small-v")
     monkeypatch.setattr(ours, "scheduler_config", replace(ours.scheduler_config, use_karras_sigmas=True))
