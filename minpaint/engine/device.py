@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,10 @@ from minpaint.errors import InputError
 GPUS = ("cuda", "xpu", "mps")  # NVIDIA's and, under the same name, AMD's; Intel's; Apple's
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 THREAD_WORK = 2**25  # multiply-adds of a layer for each thread that computes it: a millisecond's work for a core
+
+# Who shows another processor by holding PyTorch back means its library too: attention in bfloat16 fails between the two.
+if (held := os.environ.get("ATEN_CPU_CAPABILITY")) in ("default", "avx2"):
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2" if held == "avx2" else "SSE41")
 
 # Decorators of a function, or of each turn of a generator function.
 without_gradients = torch.inference_mode()
@@ -70,8 +75,7 @@ def choose_device(name: str | torch.device, absent: bool = False) -> torch.devic
 def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     """The number format of the networks; InputError for one that is not in DTYPES.
 
-    "auto" is fp16 on a GPU, for every one that runs current PyTorch has fast kernels for it,
-    and fp32 on the CPU, where half precision is fast on few processors.
+    "auto" is fp16 on a GPU, where it is fast everywhere, and fp32 on the CPU, where it is fast on few processors.
     """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.float16
@@ -89,9 +93,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 def choose_arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The number format to compute in with weights in `dtype`.
 
-    A CPU without units for bfloat16 computes in float32 with weights in bfloat16: that is quicker
-    there, and the result is nearer to float32's. Weights in float16 are computed with in float16
-    everywhere, so that what is too large for it is noticed and reported.
+    A CPU without units for bfloat16 computes in float32 with weights in bfloat16: that is quicker there, and nearer to
+    float32's result. Float16 is computed with everywhere, so that what is too large for it is noticed and reported.
     """
     if device.type != "cpu" or dtype != torch.bfloat16 or has_bfloat16_units():
         return dtype
@@ -100,10 +103,7 @@ def choose_arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def threads_for(work: int) -> Iterator[None]:
-    """Compute with as many of PyTorch's threads as layers of `work` multiply-adds keep busy.
-
-    At a layer's end all wait for the last, for milliseconds if other programs have its core.
-    """
+    """Compute with as many of PyTorch's threads as layers of `work` multiply-adds keep busy: each waits for the last."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(min(before, work // THREAD_WORK), 1))
     try:
@@ -115,8 +115,7 @@ def threads_for(work: int) -> Iterator[None]:
 def has_bfloat16_kernels() -> bool:
     """Whether PyTorch's library for the CPU, oneDNN, computes in bfloat16 on this processor.
 
-    Where it does not (x86 without AVX-512 and AVX-NE-CONVERT), its operators refuse bfloat16 or do
-    without the library, a hundred times as slowly as in float32.
+    Where it does not (x86 without AVX-512 and AVX-NE-CONVERT), that is refused, or a hundred times as slow as float32.
     """
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return supported is not None and bool(supported())
@@ -125,7 +124,7 @@ def has_bfloat16_kernels() -> bool:
 def has_bfloat16_units() -> bool:
     """Whether oneDNN can use instructions of the processor that multiply in bfloat16: x86's two, or ARM's.
 
-    Where PyTorch is too old to tell, the answer is no: bfloat16 without them is slower than float32.
+    Where PyTorch is too old to tell, no: bfloat16 without them is slower than float32.
     """
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return has_bfloat16_kernels() and any(features.get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16"))
