@@ -16,7 +16,7 @@ GPUS = ("cuda", "xpu", "mps")  # NVIDIA's and, under the same name, AMD's; Intel
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 THREAD_WORK = 2**25  # multiply-adds of a layer for each thread that computes it: a millisecond's work for a core
 
-# Who shows another processor by holding PyTorch back means its library too: attention in bfloat16 fails between the two.
+# Who shows another processor by holding PyTorch back means its library too: else attention in bfloat16 fails.
 if (held := os.environ.get("ATEN_CPU_CAPABILITY")) in ("default", "avx2"):
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2" if held == "avx2" else "SSE41")
 
@@ -103,7 +103,7 @@ def choose_arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def threads_for(work: int) -> Iterator[None]:
-    """Compute with as many of PyTorch's threads as layers of `work` multiply-adds keep busy: each waits for the last."""
+    """Compute with as many of PyTorch's threads as layers of `work` multiply-adds keep busy; all wait for the last."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(min(before, work // THREAD_WORK), 1))
     try:
