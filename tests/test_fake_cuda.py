@@ -186,7 +186,7 @@ def convert(self: NetworkWeights, dtype: torch.dtype) -> None:
 def watch(monkeypatch: pytest.MonkeyPatch, device_guards: None) -> Iterator[Watch]:
     """All tensors are fake in `watch(work)`, but for those of plans, which have a device of their own, and pictures."""
     watch, read, check = Watch(), NetworkWeights._read, NetworkWeights.check
-    real = [(Painter, "_job"), (View, "canvas"), (Canvas, "filled"), (NetworkWeights, "put_on_meta")]
+    real = [(Painter, "job"), (View, "canvas"), (Canvas, "filled"), (NetworkWeights, "put_on_meta")]
     for owner, name in [*real, (Planner, "_measure"), (Planner, "order")]:
         monkeypatch.setattr(owner, name, unfaked(getattr(owner, name)))
     monkeypatch.setattr(View, "finish", finish)

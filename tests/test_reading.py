@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 READING = Path(__file__).parent.parent / "READING.md"
 NUMBER = re.compile(r"\d[\d,]*\.?\d*(?:e[+-]?\d+)?")
@@ -19,10 +20,11 @@ def outputs(text: str) -> list[tuple[doctest.Example, str]]:
     """The text's examples in order, and what each prints here; they share their names."""
     names: dict[str, Any] = {}
     found = []
-    for example in doctest.DocTestParser().get_examples(re.sub("^```.*", "", text, flags=re.M)):
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(example.source, "READING.md", "single"), names)
-        found.append((example, printed.getvalue()))
+    with torch.set_grad_enabled(True):  # as it is again at the end, whatever the text does
+        for example in doctest.DocTestParser().get_examples(re.sub("^```.*", "", text, flags=re.M)):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(compile(example.source, "READING.md", "single"), names)
+            found.append((example, printed.getvalue()))
     return found
 
 

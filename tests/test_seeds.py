@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import soak
 import torch
-from conftest import largest_level_difference, make_mask, make_picture
+from conftest import largest_level_difference, make_mask, make_picture, relative_error
 from PIL import Image
 from torch import Tensor
 
@@ -74,7 +74,10 @@ def test_a_smaller_processor_paints_the_same_within_a_level(checkpoint: Folders,
 def test_every_sampler_paints_the_same_in_another_process_and_on_smaller_processors(
     checkpoint: Folders, tmp_path: Path
 ) -> None:
-    """Measured over 5 and 50 steps: 1 level in 1 to 4 numbers of a picture, in a third of them; latents to 7e-6."""
+    """Measured over 5 and 50 steps: 1 level in 1 to 4 numbers of a picture, in a third of them; latents to 9e-6.
+
+    The latents are compared as a whole: PNDM in 5 steps makes some of 20, beside which one near 0 is not exact.
+    """
     arguments = (["tiny", str(checkpoint("small-v"))], 5, ("ddim", "pndm", "dpmpp"))
     here = paint_all(*arguments)
     there = paint_elsewhere(tmp_path / "seen", {}, *arguments)
@@ -85,7 +88,7 @@ def test_every_sampler_paints_the_same_in_another_process_and_on_smaller_process
         assert most_levels(here, there) <= 1
         for name in here:
             if name.endswith("latents"):
-                torch.testing.assert_close(there[name], here[name], rtol=1e-4, atol=1e-4)
+                assert relative_error(there[name], here[name]) < 2e-5
 
 
 @pytest.mark.slow
