@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import minpaint
@@ -35,7 +36,12 @@ def run(painter: Painter, **options: Any) -> Trace:
 
 @pytest.fixture(scope="module")
 def as_given(painters: dict[str, Painter]) -> Trace:
-    return run(painters["fp32"])
+    """On one thread, as all tests run (conftest.py): with more, sums are rounded differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trace = run(painters["fp32"])
+    torch.set_num_threads(before)
+    return trace
 
 
 # A difference, and where the two runs part by it: the step, counted from 0, and what differs there first.

@@ -17,7 +17,7 @@ td:first-child, th:first-child { text-align: left; font-family: monospace } .dif
 
 @dataclass(frozen=True)
 class Row:
-    """One layer or part of a run: see the top of this file. remark: what else there is to say."""
+    """One layer or part of a run, with the figures that parity.py explains. remark: what else there is to say."""
 
     name: str
     drift: float
@@ -75,7 +75,7 @@ class Report:
         for row in self.rows:
             figures = "".join(f"<td>{value:.1e}</td>" for value in (row.drift, row.own, row.tolerance))
             kind = "" if row.agrees else ' class="differs"'
-            told = f"{row.remark}" if row.remark and not row.agrees else ""
+            told = "" if row.agrees else row.remark
             cells.append(f"<tr{kind}><td>{escape(row.name)}</td>{figures}<td>{escape(told)}</td></tr>")
         told = "; ".join(f"{name} {value}" for name, value in facts.items())
         head = "<tr><th>layer</th><th>drift</th><th>own error</th><th>tolerance</th><th></th></tr>"

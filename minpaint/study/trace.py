@@ -1,7 +1,7 @@
 """Trace a run: everything that happens between the prompt and the picture, kept to be shown (page.py) or compared.
 
-Nothing is computed twice for it. The networks of the run are wrapped (Painter.around), so that what goes into
-them and comes out is seen, and the attention to the prompt's words is seen by watch.py.
+The run is an ordinary one. Its networks are wrapped (Painter.around), so that what goes into them and comes out is
+seen. On top come the weights of the attention to the words (watch.py), and some pictures decoded on the way.
 """
 
 from __future__ import annotations

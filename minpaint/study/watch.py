@@ -144,7 +144,7 @@ def watch(
 
     A batch has `count` rows, or under guidance twice as many, the first half without the prompt. Calls of the UNet
     outside a run are not seen. Watching changes no result with the plain layers, and with the engine's faster
-    ones by rounding: at most 5.4e-6 of the latents was measured, see tests/test_watch.py.
+    ones by rounding: under 1e-5 of the latents, or 5e-5 where a run is unstable itself; see tests/test_watch.py.
 
     Raises:
         InputError: a name fits no module.
