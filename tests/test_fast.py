@@ -275,6 +275,38 @@ def test_a_pytorch_that_cannot_tell_is_taken_to_lack_bfloat16_units(
     assert choose_arithmetic(CPU, torch.bfloat16) == torch.float32
 
 
+@pytest.mark.parametrize("form", [F2, F4, fast.PACKED])
+def test_a_quick_convolution_that_is_wrong_gives_way_to_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch, form: Filtering | str
+) -> None:
+    """As if another release of PyTorch, or another processor, gave something else: said once, and computed plainly."""
+    if form == fast.PACKED:
+        monkeypatch.setattr(fast, "_with_packed_weight", lambda x, layer, cache: 1.1 * layer(x))
+    else:
+        right = fast.winograd_convolve
+        monkeypatch.setattr(fast, "winograd_convolve", lambda *given: 1.1 * right(*given))
+    kind = torch.bfloat16 if form == fast.PACKED else torch.float32
+    generator, side = torch.Generator().manual_seed(3), 8 if form == F2 else 32
+    layer = nn.Conv2d(128, 128, 3, padding=1).to(kind).requires_grad_(False)
+    x = torch.randn((2, 128, side, side), generator=generator).to(kind)
+    fast.is_right.cache_clear()
+    try:
+        with pytest.warns(MinpaintWarning, match="a quick convolution is off by 0.1 here") as told:
+            found = [convolve(x, layer, cache=LayerCache()) for _ in range(3)]
+        assert len(told) == 1
+    finally:
+        fast.is_right.cache_clear()
+    assert all(relative_error(out, layer(x)) < (1e-2 if form == fast.PACKED else 1e-6) for out in found)
+
+
+@pytest.mark.parametrize("form", [F2, F4, fast.PACKED])
+def test_the_quick_convolutions_are_right_on_this_machine(form: Filtering | str) -> None:
+    if form == fast.PACKED and not can_cache(torch.bfloat16, torch.bfloat16):
+        pytest.skip("this processor has no packed bfloat16 weights")
+    fast.is_right.cache_clear()
+    assert fast.is_right(form)
+
+
 @pytest.mark.parametrize("refused", ["mkldnn_reorder_conv2d_weight", "_convolution_pointwise"])
 def test_packed_weights_that_are_refused_end_in_the_plain_layer(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, refused: str

@@ -31,13 +31,14 @@ from torch import Tensor, nn
 
 from minpaint.engine.budget import is_out_of_memory
 from minpaint.engine.device import has_bfloat16_kernels
-from minpaint.engine.winograd import DEFAULTS, F2, F4, LayerCache, Thresholds, winograd_convolve
+from minpaint.engine.winograd import DEFAULTS, F2, F4, Filtering, LayerCache, Thresholds, winograd_convolve
 from minpaint.errors import MinpaintWarning
 from minpaint.models.attention import Attention
 
 Cache = dict[nn.Module, LayerCache]  # weights in other forms that stay from call to call
 
 FUSED_QKV, PACKED = "fused qkv", "packed"  # keys of a LayerCache, beside F2 and F4
+LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # of a quick convolution, of the largest output
 FIRST = "down_blocks.0.attentions.0"  # of a UNet's transformers
 OF_PROMPT = (".attn2.to_k", ".attn2.to_v")  # the ends of names of layers that see nothing but the prompt
 BEFORE_PROMPT = ("conv_in", "down_blocks.0.resnets.0", f"{FIRST}.proj_in", f"{FIRST}.transformer_blocks.0.attn1")
@@ -132,10 +133,10 @@ def convolve(
         flat = weight.to(x.dtype).view(outputs, channels)
         return F.linear(x.permute(0, 2, 3, 1), flat, bias.to(x.dtype)).permute(0, 3, 1, 2)
     if fast and form == (3, 1, 1) and min(channels, outputs) >= thresholds.channels:
-        if cells >= thresholds.f4_cells:
-            return winograd_convolve(x, weight, bias, F4, cache, thresholds)
-        if cells >= thresholds.f2_cells and cache is not None:
-            return winograd_convolve(x, weight, bias, F2, cache, thresholds)
+        least = thresholds.f2_cells if cache is not None else thresholds.f4_cells
+        filtering = F4 if cells >= thresholds.f4_cells else F2
+        if cells >= least and (x.is_meta or is_right(filtering)):
+            return winograd_convolve(x, weight, bias, filtering, cache, thresholds)
     if fast and cells < thresholds.f4_cells:
         x = x.contiguous()  # NCHW: oneDNN reorders the weights faster for it, which is most of the work
     # with little memory, never all weights of a layer in both number formats
@@ -145,6 +146,32 @@ def convolve(
     return results[0] if len(results) == 1 else torch.cat(results, dim=1)
 
 
+@functools.cache
+def is_right(form: Filtering | str) -> bool:
+    """Whether a quick form of a 3x3 convolution gives what the plain one gives; if not, a warning says so.
+
+    Tried on one small layer, once in a process, at the form's first use: what is under the quick forms
+    can change with PyTorch's next release, or on a processor that nobody has tested.
+    """
+    generator, packed = torch.Generator().manual_seed(0), form == PACKED
+    kind = torch.bfloat16 if packed else torch.float32
+    layer = nn.Conv2d(128, 128, 3, padding=1, device="meta", dtype=kind).to_empty(device="cpu").requires_grad_(False)
+    x = torch.empty(1, 128, 16, 16, dtype=kind)
+    for tensor in (x, *layer.parameters()):
+        tensor.normal_(generator=generator)
+    if isinstance(form, Filtering):
+        quick = winograd_convolve(x, layer.weight, cast(Tensor, layer.bias), form)
+    else:
+        quick = _with_packed_weight(x.contiguous(memory_format=torch.channels_last), layer, {})
+    plain = layer(x).float()
+    difference = float((quick.float() - plain).abs().max() / plain.abs().max())
+    right = difference <= LARGEST_DIFFERENCE[kind]  # so that NaN is wrong
+    if not right:
+        told = f"a quick convolution is off by {difference:.1g} here; going on with the plain one, more slowly"
+        warnings.warn(told, MinpaintWarning, stacklevel=2)
+    return right
+
+
 def _convolve_in_bfloat16(x: Tensor, layer: nn.Conv2d, cache: LayerCache | None) -> Tensor:
     """A convolution by oneDNN with channels together, and with packed weights where there is a cache.
 
@@ -152,24 +179,30 @@ def _convolve_in_bfloat16(x: Tensor, layer: nn.Conv2d, cache: LayerCache | None)
     an empty list in the cache says so, and the layer is computed with its weights as they are.
     """
     x, bias = x.contiguous(memory_format=torch.channels_last), cast(Tensor, layer.bias)
-    weight, form = layer.weight, (layer.padding, layer.stride, layer.dilation, layer.groups)
     if cache is not None and cache.get(PACKED) != []:
         try:
-            if PACKED not in cache:
-                pack = torch.ops.aten.mkldnn_reorder_conv2d_weight
-                cache[PACKED] = [weight.clone() if x.is_meta else pack(weight.to_mkldnn(), *form, x.shape)]
-            [packed] = cache[PACKED]
-            if x.is_meta:
-                return F.conv2d(x, packed, bias, layer.stride, layer.padding)
-            out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *form, "none", [], "")
-            return out
+            if x.is_meta or is_right(PACKED):
+                return _with_packed_weight(x, layer, cache)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             cache[PACKED] = []
             _warn_of_refusal(str(error).partition("\n")[0])
-    weight = weight.to(x.dtype, memory_format=torch.channels_last)
+    weight = layer.weight.to(x.dtype, memory_format=torch.channels_last)
     return F.conv2d(x, weight, bias.to(x.dtype), layer.stride, layer.padding)
+
+
+def _with_packed_weight(x: Tensor, layer: nn.Conv2d, cache: LayerCache) -> Tensor:
+    """The convolution of [b, c, y, x], channels together, with weights in the order of the processor's units."""
+    form = (layer.padding, layer.stride, layer.dilation, layer.groups)
+    if PACKED not in cache:
+        pack = torch.ops.aten.mkldnn_reorder_conv2d_weight
+        cache[PACKED] = [layer.weight.clone() if x.is_meta else pack(layer.weight.to_mkldnn(), *form, x.shape)]
+    [packed] = cache[PACKED]
+    if x.is_meta:
+        return F.conv2d(x, packed, layer.bias, layer.stride, layer.padding)
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, layer.bias, *form, "none", [], "")
+    return out
 
 
 @functools.cache
