@@ -23,7 +23,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 import minpaint
-from bench.quality import colour_of, psnr
+from bench.judges import colour_of
+from bench.quality import psnr
 from bench.scenes import HELD_OUT, Case
 from minpaint.checkpoint.hub import weights_folder
 from minpaint.checkpoint.tokenizer import load_tokenizer, unknown_words

@@ -1,0 +1,69 @@
+"""The measures of bench.quality see what they are made to see: tried on pictures of which the answer is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+from PIL import Image
+
+from bench import judges
+from bench.quality import WHOLE, continued, cut_disc, cut_hills, disc_of
+from minpaint.picture.fill import membrane
+from minpaint.picture.image import to_image, to_pixels, to_unit
+from weights import world
+
+NUMBERS = range(8)
+
+
+def with_membrane(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    return to_image(membrane(to_pixels(picture), to_unit(mask)[0, 0] <= 0.5)[0])
+
+
+@pytest.mark.parametrize("disc", [False, True])
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_true_scene_has_no_error_and_a_membrane_its_own(number: int, disc: bool) -> None:
+    scene, mask = (cut_disc if disc else cut_hills)(number)
+    true = world.draw(scene)
+    assert continued(true, scene, mask, disc)[0] == 0
+    found, filled = continued(with_membrane(true, mask), scene, mask, disc)
+    assert found == pytest.approx(filled, abs=0.5)  # it is rounded to levels
+    assert filled > 1
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_bitten_sun_is_seen(number: int) -> None:
+    scene, mask = cut_disc(number)
+    bitten = Image.composite(world.draw(replace(scene, disc=None)), world.draw(scene), mask)
+    assert continued(bitten, scene, mask, True)[0] > 2 * WHOLE
+    hidden = to_unit(mask)[0, 0] > 0.5
+    assert 0.25 <= float(hidden[disc_of(scene)].float().mean()) <= 0.75
+
+
+def test_broken_hills_are_seen() -> None:
+    """Hills that are moved by four pixels, well within the hole too, cost about what a membrane does."""
+    errors = []
+    for number in NUMBERS:
+        scene, mask = cut_hills(number)
+        moved = replace(scene, horizon=scene.horizon + 4 / world.SIZE)
+        broken = Image.composite(world.draw(moved), world.draw(scene), mask)
+        errors.append(continued(broken, scene, mask, False))
+    assert sum(found for found, _ in errors) > 0.3 * sum(filled for _, filled in errors)
+
+
+@pytest.mark.parametrize("answer", range(4))
+def test_pictures_made_for_the_counter_differ_from_one_whole_thing_as_they_should(answer: int) -> None:
+    for number in NUMBERS:
+        picture, empty, mask = judges.made_example(Random(number), answer)
+        kept = to_unit(mask) == 0
+        assert bool((to_unit(picture) == to_unit(empty)).all(1, keepdim=True)[kept].all())
+        differs = ((to_unit(picture) - to_unit(empty)).abs().amax(1, keepdim=True) * 255 > judges.VISIBLE).sum()
+        assert int(differs) < 400 if answer == judges.NONE else int(differs) > 200  # hills a little moved, or a thing
+
+
+@pytest.mark.slow
+def test_the_counter_learns_to_count() -> None:
+    """A short training already tells most apart; that of the bench is six times as long."""
+    _, accuracy = judges.train_counter(100)
+    assert accuracy > 0.6  # always answering "one" gives 0.4
