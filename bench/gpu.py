@@ -56,7 +56,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
         "agreement": ["-m", "bench.gpu", "--agreement", *device, "--family", family],
         "memory": ["-m", "bench.memory", *device, "--family", family, "--steps", "8" if on_gpu else "2"]
         + ([] if on_gpu else ["--budgets", "1GiB", "--modes", "plain"]),
-        "speed": ["-m", "bench.speed", *device, "--families", family, *speed, "--fast", "--no-compiled"],
+        "speed": ["-m", "bench.speed", *device, "--families", family, *speed, "--fast", "--peers", "none"],
         "start": ["-m", "bench.cold_start", *device, "--families", family, "--sizes", size, "--rounds", rounds],
     }
 

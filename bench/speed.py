@@ -1,6 +1,7 @@
 """How fast minpaint is beside diffusers: each network alone, and a whole run.
 
     python -m bench.speed                                   # full-size SD 1.5 and 2 at 512 x 512, on the CPU
+    python -m bench.speed --peers compiled,openvino,onnxruntime --rows encode,step,decode
     python -m bench.speed --device cuda                     # three sizes, two batches; diffusers compiled, too
     python -m bench.speed --families small-sd1              # a minute, to see that it works
 
@@ -44,6 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import minpaint
 from bench import common
 from bench.common import OURS, THEIRS, timed
+from bench.peers import RUNTIMES, Peer
 from bench.sides import Case, Ours, Side, Theirs, Work, load_pipe, make_inputs
 from minpaint.checkpoint.architecture import Architecture, blank_models
 from minpaint.checkpoint.load import outline
@@ -55,13 +57,14 @@ from weights.random_checkpoint import FAMILIES
 NETWORKS = ("encode", "step", "decode")
 ROWS = (*NETWORKS, "run")
 CAPTURE = 3  # calls until CUDA graphs are only replayed: a warm-up, the capture, a replay
-FAST, COMPILED = "minpaint --fast", "diffusers compiled"
+FAST = "minpaint --fast"
+PEERS = ("compiled", *RUNTIMES)  # diffusers' networks by torch.compile and by other runtimes
 RUN_STEPS = 6  # of a run on the CPU
 DEFAULTS: dict[str, tuple[Any, Any]] = {  # of options: on a GPU, on the CPU
     "batches": ([1, 4], [1]),
     "calls": (10, 1),
     "dtype": ("fp16", "fp32"),
-    "compiled": (True, False),
+    "peers": (["compiled"], []),
 }
 
 
@@ -153,7 +156,8 @@ def take_turns(sides: dict[str, Side], case: Case, row: str, options: argparse.N
             try:
                 if turn < 0:
                     untimed = CAPTURE if case.on_gpu and row != "run" else 1
-                    countable = case.on_gpu or name != COMPILED  # nothing is compiled under a counter of tensors
+                    # nothing is compiled under a counter of tensors, which sees no other runtime's memory either
+                    countable = case.on_gpu or name not in PEERS
                     taken[name]["peak"] = peak_of(side, untimed, case.device, countable)
                     continue
                 taken[name].pop("result", None)  # never two of one side in memory
@@ -179,7 +183,9 @@ def measure_row(
     """A row's sides, each with all its figures. exact: what the row gives in float32."""
     sides: dict[str, Side] = {name: partial(contestant, row) for name, contestant in contestants.items()}
     if row == "encode":
-        sides.pop(COMPILED, None)  # the encoder is as it was
+        sides.pop("compiled", None)  # the encoder is as it was
+    if row == "run":
+        sides = {name: side for name, side in sides.items() if name not in RUNTIMES}
     taken, left = take_turns(sides, case, row, options), options.steps - case.steps
     for name, side in taken.items():
         if "error" in side:
@@ -216,8 +222,11 @@ def measure_family(options: argparse.Namespace, folder: Path, family: str) -> It
         contestants: dict[str, Any] = {OURS: Ours(painter, inputs, case), THEIRS: Theirs(pipe, inputs, case)}
         if fast is not None:
             contestants[FAST] = Ours(fast, inputs, case)
-        if options.compiled:
-            contestants[COMPILED] = Theirs(pipe, inputs, case, compiled=True)
+        for peer in options.peers:
+            if peer == "compiled":
+                contestants[peer] = Theirs(pipe, inputs, case, compiled=True)
+            else:
+                contestants[peer] = Peer(pipe, inputs, case, peer)
         for row in options.rows:
             reference = exact.get((case.size, case.batch, row))
             taken = measure_row(row, case, contestants, flops[row], reference, options)
@@ -243,13 +252,16 @@ def parse_options() -> argparse.Namespace:
     add("--device", default="cpu")
     add("--dtype", default=None, help="default: fp16 on a GPU, fp32 on the CPU")
     add("--fast", action="store_true", help="minpaint a second time, with the ways that --fast asks for on CUDA")
-    help_compiled = "diffusers a second time, compiled; default: on a GPU"
-    add("--compiled", action=argparse.BooleanOptionalAction, default=None, help=help_compiled)
+    peers_help = (
+        f"diffusers' networks again, by {', '.join(PEERS)} (or none); default: compiled on a GPU, none on the CPU"
+    )
+    add("--peers", type=common.names([*PEERS, "none"]), default=None, help=peers_help)
     options = parser.parse_args()
     on_gpu = options.device != "cpu"
     for name, (gpu, cpu) in (DEFAULTS | {"run_steps": (options.steps, RUN_STEPS)}).items():
         if vars(options)[name] is None:
             setattr(options, name, gpu if on_gpu else cpu)
+    options.peers = [peer for peer in options.peers if peer != "none"]
     options.run_steps = min(max(options.run_steps, 2), options.steps)
     return options
 

@@ -21,10 +21,10 @@ from random import Random
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minpaint.checkpoint.configs import text_config, unet_config, vae_config
+from minpaint.checkpoint.load import load_checkpoint
 from minpaint.checkpoint.scheduler import scheduler_config
 from minpaint.checkpoint.tokenizer import load_tokenizer
 from minpaint.models.text import build_text_encoder
@@ -194,16 +194,15 @@ def placed(model: Model, device: str) -> Model:
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def begun(model: Model, folder: Path | None, component: str) -> Model:
-    """The model with a checkpoint's weights, if a folder is given.
+def begun(model: Model, source: nn.Module | None) -> Model:
+    """The model with another's weights, if there is one.
 
-    A layer that the checkpoint lacks keeps its random weights; if it is an attention block, its
-    last projection becomes zero, so that the network starts as what the checkpoint computes.
+    A layer that the other lacks keeps its random weights; if it is an attention block, its last
+    projection becomes zero, so that the network starts as what the other computes.
     """
-    if folder is not None:
-        [file] = (folder / component).glob("*.safetensors")
-        missing, unknown = model.load_state_dict(load_file(file), strict=False)
-        assert not unknown, unknown
+    if source is not None:
+        missing, unknown = model.load_state_dict(source.state_dict(), strict=False)
+        assert not [name for name in unknown if "position_ids" not in name], unknown
         for name in missing:
             if "proj_out" in name:
                 nn.init.zeros_(model.get_parameter(name))
@@ -231,7 +230,7 @@ def train_vae(options: argparse.Namespace, log: Path) -> VAE:
     Kingma and Welling 2014; the regularisation is Rombach et al. 2022's, section 3.1.
     """
     torch.manual_seed(0)
-    model = placed(begun(VAE(vae_config(AUTOENCODER)), options.start, "vae"), options.device)
+    model = placed(begun(VAE(vae_config(AUTOENCODER)), options.start and options.start.vae), options.device)
     optimizer = Optimizer([model], 0.02 * options.rate, 2e-3 * options.rate, options.vae_steps)
     whole = options.vae_steps - options.vae_steps // 5  # the last steps see whole pictures
 
@@ -423,8 +422,8 @@ def train_unet(options: argparse.Namespace, log: Path, vae: VAE) -> tuple[nn.Mod
     scaling = 1 / float((mean.var() + deviation.square().mean()).sqrt())
 
     torch.manual_seed(1)
-    unet = placed(begun(UNet(unet_config(UNET)), options.start, "unet"), options.device)
-    text = begun(build_text_encoder(text_config(words_json(vocabulary))), options.start, "text_encoder")
+    unet = placed(begun(UNet(unet_config(UNET)), options.start and options.start.unet), options.device)
+    text = begun(build_text_encoder(text_config(words_json(vocabulary))), options.start and options.start.text_encoder)
     text = text.to(options.device)
     optimizer = Optimizer([unet, text], 0.01 * options.rate, 2e-3 * options.rate, options.unet_steps)
     alpha_bar = torch.tensor(alphas_cumprod(scheduler_config(SCHEDULER)))
@@ -492,6 +491,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / "training.jsonl"
+    options.start = options.start and load_checkpoint(options.start)
     vae = train_vae(options, log)
     unet, text, scaling = train_unet(options, log, vae)
     write(options.out, vae, unet, text, scaling)
