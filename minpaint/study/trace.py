@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,12 +34,12 @@ from minpaint.picture.mask import Box
 from minpaint.samplers import Step
 from minpaint.settings import Settings
 from minpaint.study.attention import TO_PROMPT, attention_weights, word_positions
+from minpaint.study.preview import Pair, colours, fit_rgb, pair
 from minpaint.study.watch import Seen
 
 T = TypeVar("T")
 EMBED, ENCODE, DENOISE, DECODE = PHASES
 SHOWN_DECODES = 5  # steps of which the predicted picture is really decoded
-SAMPLE = 4096  # latent cells of a picture that the map to colours is fitted to, at most
 
 
 @dataclass
@@ -94,8 +93,7 @@ class Trace:
 
     def colours(self, latents: Tensor) -> Tensor:
         """Latents [n, 4, y, x], scaled -> about the picture they stand for, [n, 3, y, x] in [-1, 1], a pixel a cell."""
-        weights, constant = self.to_rgb[:-1], self.to_rgb[-1]
-        return torch.einsum("n c y x, c r -> n r y x", latents, weights) + constant[:, None, None]
+        return colours(latents, self.to_rgb)
 
 
 def trace_run(
@@ -117,7 +115,7 @@ def trace_run(
         warnings.simplefilter("ignore")  # the painter says the same when it paints
         job = painter.job(frame, settings)
     trace = Trace(painter, job, word_positions(painter.tokenizer, settings.prompt))
-    pairs: list[tuple[Tensor, Tensor]] = []
+    pairs: list[Pair] = []
 
     def step(step: Step) -> None:
         on_cpu: dict[str, Any] = {name: x.cpu() for name, x in step._asdict().items() if isinstance(x, Tensor)}
@@ -141,9 +139,7 @@ def trace_run(
 class _Recorder:
     """A run's networks, which tell the trace of every call."""
 
-    def __init__(
-        self, networks: Networks, trace: Trace, pairs: list[tuple[Tensor, Tensor]], frame: Frame, decodes: bool
-    ) -> None:
+    def __init__(self, networks: Networks, trace: Trace, pairs: list[Pair], frame: Frame, decodes: bool) -> None:
         self.networks, self.trace, self.pairs, self.frame, self.decodes = networks, trace, pairs, frame, decodes
         assert trace.painter.last_run is not None
         trace.run = trace.painter.last_run
@@ -156,7 +152,7 @@ class _Recorder:
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         mean, logvar = self._timed(ENCODE, lambda: self.networks.encode(pixels))
-        self.pairs.append(_pair(self.scaling * mean, pixels))
+        self.pairs.append(pair(self.scaling * mean, pixels))
         return mean, logvar
 
     def unet(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -180,7 +176,7 @@ class _Recorder:
 
     def _decode(self, latents: Tensor) -> Tensor:
         pixels = self._timed(DECODE, lambda: self.networks.decode(latents))
-        self.pairs.append(_pair(self.scaling * latents, pixels))
+        self.pairs.append(pair(self.scaling * latents, pixels))
         return pixels
 
     def _timed(self, phase: str, call: Callable[[], T]) -> T:
@@ -239,24 +235,6 @@ def spread(length: int, count: int) -> list[int]:
     if length <= count:
         return list(range(length))
     return [round(i * (length - 1) / (count - 1)) for i in range(count)]
-
-
-def _pair(latents: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Latent cells [m, 4] and the mean colours of their pixels [m, 3], of at most SAMPLE cells."""
-    colours = F.adaptive_avg_pool2d(pixels.float().cpu(), (latents.shape[2], latents.shape[3]))
-    flat = [x.float().cpu().permute(0, 2, 3, 1).flatten(0, 2) for x in (latents, colours)]
-    every = -(-len(flat[0]) // SAMPLE)
-    return flat[0][::every], flat[1][::every]
-
-
-def fit_rgb(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The linear map [5, 3] from latents and a 1 to colours with the least squared error, from what the VAE did."""
-    latents, colours = (torch.cat(each).double() for each in zip(*pairs, strict=True))
-    system = torch.cat([latents, torch.ones(len(latents), 1, dtype=torch.float64)], dim=1)
-    # a little of Tikhonov's, so that latents that are all alike have a solution too
-    square = system.T @ system + 1e-6 * len(system) * torch.eye(system.shape[1], dtype=torch.float64)
-    fitted: Tensor = torch.linalg.solve(square, system.T @ colours)
-    return fitted.float()
 
 
 def save_raw(trace: Trace, folder: Path) -> list[Path]:
