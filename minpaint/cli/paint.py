@@ -40,7 +40,7 @@ def paint(options: Namespace, note: Note) -> None:
     settings = options.settings
     image, mask = source(options.image, "image"), None if options.mask is None else source(options.mask, "mask")
     with without_chatter():
-        frame, record = open_frame(image, mask, settings), _record(options, image, mask)
+        frame, record = open_frame(image, mask, settings), begin_record(options, image, mask)
     del image, mask  # their files may be large
     told = record | {"seed": settings.seeds[-1]} if options.record else None
     check_target(options.targets[-1], frame, told, options.profile == "minpaint")
@@ -63,7 +63,7 @@ def paint(options: Namespace, note: Note) -> None:
         paintings = painter.paint(frame, options.settings, on_step, saving)
     verdicts = [] if checker is None else _judge(checker, painter, paintings, options.safety, note)
     if options.record or options.repeats:
-        _complete(record, options, painter, note)
+        complete_record(record, options, painter, note)
     outputs = _write(options, frame, paintings, record, note)
     for output in outputs if verdicts else ():
         output["safety"] = verdicts[output["seed"] - settings.seed]._asdict()
@@ -161,7 +161,7 @@ def _write(options: Namespace, frame: Frame, paintings: list[Painting], record: 
     return outputs
 
 
-def _record(options: Namespace, image: BytesIO, mask: BytesIO | None) -> Record:
+def begin_record(options: Namespace, image: BytesIO, mask: BytesIO | None) -> Record:
     """All that is needed to paint the pictures again, but for their seeds, as far as it is known before they are."""
     return {
         "minpaint": __version__,
@@ -183,7 +183,7 @@ def _record(options: Namespace, image: BytesIO, mask: BytesIO | None) -> Record:
     }
 
 
-def _complete(record: Record, options: Namespace, painter: Painter, note: Note) -> None:
+def complete_record(record: Record, options: Namespace, painter: Painter, note: Note) -> None:
     """Add to a record what the run has shown, and say what differs from the run repeated."""
     record |= {
         "dtype": dtype_name(painter.dtype),
