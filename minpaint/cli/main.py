@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 2 bad usage or bad input; 3 the budget cannot hold; 4 a painting is flagged by --safety; 130 stopped
 by Ctrl-C, 143 by SIGTERM; 1 anything else, and what parity compares differs.
-Messages go to stderr; stdout is for what plan, info, parity and --json print, and nothing else.
+Messages go to stderr; stdout is for what plan, info, parity, ui and --json print, and nothing else.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ VERBS = {
     "trace": "study:trace",
     "compare": "study:compare",
     "parity": "parity:parity",
+    "ui": "ui:ui",
 }
 
 
@@ -95,7 +96,7 @@ def _run(arguments: list[str] | None, stoppable: bool) -> int:
         sys.stderr = sys.stderr or os.fdopen(2, "w")
     options = parse(arguments)
     options.started, quiet = started, getattr(options, "quiet", False)
-    printed = options.verb in ("plan", "info", "parity") or getattr(options, "json", False)
+    printed = options.verb in ("plan", "info", "parity", "ui") or getattr(options, "json", False)
     if sys.stdout is None and (printed or getattr(options, "output", None) == STREAM):
         raise InputError("stdout is closed, where the result is to be written; leave it open")
     note: Note = (lambda line: None) if quiet else _say

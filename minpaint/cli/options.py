@@ -155,6 +155,22 @@ VERBS = {
             (WHAT, "--against", "compare with a dump in place of diffusers", {"metavar": "DIR"}),
         ],
     ),
+    "ui": Verb(
+        "draw the mask and paint in a browser, on a page of this machine",
+        "Serve the painter page, and print its URL. Ctrl-C stops it; pictures, masks and paintings stay in the folder.",
+        _taken("--model --vae --lora --config --device --fast --dtype --budget --quiet"),
+        [
+            (
+                WHAT,
+                "-o --output",
+                "where all is kept (default: minpaint-ui)",
+                {"default": "minpaint-ui", "metavar": "DIR"},
+            ),
+            (MACHINE, "--port", "default: one that is free", {"type": int, "default": 0, "metavar": "N"}),
+            (MACHINE, "--host", "address to listen on (default: 127.0.0.1)", {"default": "127.0.0.1"}),
+            (MACHINE, "--listen-to-everyone", "let --host be an address that other machines can reach", SWITCH),
+        ],
+    ),
 }
 
 

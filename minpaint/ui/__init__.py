@@ -1,0 +1,1 @@
+"""The painter page: `python -m minpaint ui`."""
