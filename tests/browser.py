@@ -14,13 +14,16 @@ import select
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PATIENCE = 60  # seconds that an answer may take
+BUTTONS = {"left": 1, "right": 2, "middle": 4}
+
+Point = tuple[float, ...]  # x and y in the window
 
 
 def find_browser() -> str | None:
@@ -52,12 +55,13 @@ class Browser:
                 assert "error" not in answer, answer["error"]
                 return dict(answer["result"])
 
-    def open(self, file: Path, width: int = 1280, height: int = 900, mobile: bool = False) -> None:
-        """Load a file into a window of this size, and wait until all is loaded."""
+    def open(self, file: Path | str, width: int = 1280, height: int = 900, mobile: bool = False) -> None:
+        """Load a file or a URL into a window of this size, and wait until all is loaded."""
         self.complaints.clear()
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
         self.call("Emulation.setDeviceMetricsOverride", **screen)
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        self.call("Emulation.setTouchEmulationEnabled", enabled=mobile)
+        self.call("Page.navigate", url=file if isinstance(file, str) else file.resolve().as_uri())
         until = time.monotonic() + PATIENCE
         while self.run("document.readyState") != "complete" or self.run("location.href") == "about:blank":
             assert time.monotonic() < until, f"{file} is not loaded after {PATIENCE} s"
@@ -68,6 +72,42 @@ class Browser:
         result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
+
+    def wait(self, script: str, patience: float = PATIENCE) -> None:
+        """Wait until a JavaScript expression is true."""
+        until = time.monotonic() + patience
+        while not self.run(script):
+            assert time.monotonic() < until, f"not after {patience} s: {script}"
+            time.sleep(0.02)
+
+    def drag(self, *points: Point, button: str = "left") -> None:
+        """Press the mouse at the first point, move it over the others, and let it go."""
+        held = {"button": button, "clickCount": 1}
+        self.call("Input.dispatchMouseEvent", type="mousePressed", x=points[0][0], y=points[0][1], **held)
+        for x, y in points[1:]:
+            self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y, button=button, buttons=BUTTONS[button])
+        self.call("Input.dispatchMouseEvent", type="mouseReleased", x=points[-1][0], y=points[-1][1], **held)
+
+    def wheel(self, at: Point, down: float) -> None:
+        self.call("Input.dispatchMouseEvent", type="mouseWheel", x=at[0], y=at[1], deltaX=0, deltaY=down)
+
+    def touch(self, *fingers: Sequence[Point]) -> None:
+        """Put fingers down, each at its first point, move them over the others together, and lift them."""
+        places = list(zip(*fingers, strict=True))
+        for number, points in enumerate(places):
+            told = [{"x": x, "y": y, "id": finger} for finger, (x, y) in enumerate(points)]
+            self.call("Input.dispatchTouchEvent", type="touchMove" if number else "touchStart", touchPoints=told)
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def key(self, key: str, kinds: Sequence[str] = ("keyDown", "keyUp"), modifiers: int = 0) -> None:
+        """Press and release a key; modifiers: 2 is Ctrl, 8 is Shift."""
+        for kind in kinds:
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, modifiers=modifiers)
+
+    def click(self, selector: str) -> None:
+        """Click the middle of an element with the mouse."""
+        box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+        self.drag(tuple(self.run(f"(box => [box.x + box.width / 2, box.y + box.height / 2])({box})")))
 
     def photograph(self, file: Path, whole: bool = False) -> Path:
         """A screenshot as PNG, of the window or of the whole page."""
@@ -98,12 +138,16 @@ class Browser:
 
 @contextmanager
 def browser(folder: Path) -> Iterator[Browser]:
-    """A browser with a profile of its own in a folder, and no network: it knows no host."""
+    """A browser with a profile of its own in a folder, and no network: it knows no host but this one."""
     program = find_browser()
     assert program is not None, "no Chromium is installed"
     (into, to), (back, out) = os.pipe(), os.pipe()
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-    options += ["--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND", "--hide-scrollbars"]
+    options += [
+        "--disable-background-networking",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        "--hide-scrollbars",
+    ]
     options += [f"--user-data-dir={folder}", "--remote-debugging-pipe", "about:blank"]
     # the browser reads its commands from descriptor 3 and answers on 4; above 9, none is in the way of these
     given = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (into, out)]
