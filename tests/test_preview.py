@@ -19,4 +19,5 @@ def test_a_linear_autoencoder_is_seen_exactly() -> None:
     assert [picture.size for picture in pictures] == [(9, 6), (9, 6)]
     level = round(float(pixels[1, 2, 3, 4].clamp(-1, 1) * 0.5 + 0.5) * 255)
     seen = pictures[1].getpixel((4, 3))
-    assert isinstance(seen, tuple) and abs(seen[2] - level) <= 1
+    assert isinstance(seen, tuple)
+    assert abs(seen[2] - level) <= 1
