@@ -24,7 +24,7 @@ from minpaint.settings import Settings
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_or_stopped_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
-    told = list(strikes(tmp_path, {signal.SIGKILL: 6, signal.SIGTERM: 3, signal.SIGINT: 3}, seed=0))
+    told = list(strikes(tmp_path, {signal.SIGKILL: 4, signal.SIGTERM: 2, signal.SIGINT: 2}, seed=0))
     assert len(told) == 4
 
 
