@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
