@@ -37,6 +37,7 @@ VERBS = {
     "compare": "study:compare",
     "parity": "parity:parity",
     "ui": "ui:ui",
+    "batch": "batch:batch",
 }
 
 

@@ -30,9 +30,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of the files t
 PAGES = (".html", ".htm")
 WRITTEN = f"{', '.join(SUFFIXES)}; {{seed}} stands for the seed; - is stdout"
 MODELS = "tiny, sd15, sd2, owner/name[/file.safetensors][@revision] of the hub, a folder or a file (default: tiny)"
-FILE, AUTO, SWITCH = {"metavar": "FILE"}, {"default": "auto"}, {"action": "store_true"}
+FILE, DIR, AUTO, SWITCH = {"metavar": "FILE"}, {"metavar": "DIR"}, {"default": "auto"}, {"action": "store_true"}
 SAFETY = {"nargs": "?", "const": "refuse", "choices": ("refuse", "report")}
 ON_OFF = {"action": argparse.BooleanOptionalAction}
+BATCH = {"metavar": "N", "type": int, "default": 4}
+RAY = {"nargs": "?", "const": "local", "metavar": "ADDRESS"}
 
 
 # the heading an option is listed under, its names, its help text, and what else argparse's add_argument takes
@@ -150,9 +152,9 @@ VERBS = {
             (WHAT, "--size", "what is painted (default: the model's own size, at most 256x256)", {"metavar": "WxH"}),
             (WHAT, "--steps", "sampler steps of the whole run (default: 4)", {"type": int}),
             (WHAT, "--html", "also write the whole table as a page", FILE),
-            (WHAT, "--dump", "write the tensors of one side to a folder, and compare nothing", {"metavar": "DIR"}),
+            (WHAT, "--dump", "write the tensors of one side to a folder, and compare nothing", DIR),
             (WHAT, "--side", "whose tensors --dump writes (default: minpaint)", {"choices": ("minpaint", "diffusers")}),
-            (WHAT, "--against", "compare with a dump in place of diffusers", {"metavar": "DIR"}),
+            (WHAT, "--against", "compare with a dump in place of diffusers", DIR),
         ],
     ),
     "ui": Verb(
@@ -160,15 +162,24 @@ VERBS = {
         "Serve the painter page, and print its URL. Ctrl-C stops it; pictures, masks and paintings stay in the folder.",
         _taken("--model --vae --lora --config --device --fast --dtype --budget --quiet"),
         [
-            (
-                WHAT,
-                "-o --output",
-                "where all is kept (default: minpaint-ui)",
-                {"default": "minpaint-ui", "metavar": "DIR"},
-            ),
+            (WHAT, "-o --output", "where all is kept (default: minpaint-ui)", {**DIR, "default": "minpaint-ui"}),
             (MACHINE, "--port", "default: one that is free", {"type": int, "default": 0, "metavar": "N"}),
             (MACHINE, "--host", "address to listen on (default: 127.0.0.1)", {"default": "127.0.0.1"}),
             (MACHINE, "--listen-to-everyone", "let --host be an address that other machines can reach", SWITCH),
+        ],
+    ),
+    "batch": Verb(
+        "paint many pictures, and only what is not done yet",
+        """Paint the rows of a manifest (.jsonl or .csv), or the pictures of a folder. A row has an image, a mask, a
+        prompt, an output (a name in DIR) and what else an option here can say; the options are the rows' defaults.""",
+        PAINTED - _taken("--image --mask --like --count --best --safety --explain-mask --record") - {"-o --output"},
+        [
+            (WHAT, "manifest", "a row for each painting, or a folder of name.png and name_mask.png", {}),
+            (WHAT, "-o --output", "the folder of the paintings", {**DIR, "required": True}),
+            (WHAT, "--masks", "a folder of masks with the pictures' names, or one mask for all", {"metavar": "MASKS"}),
+            (MACHINE, "--shard", "paint only the I-th of N parts, such as 2/8", {"metavar": "I/N", "default": "1/1"}),
+            (MACHINE, "--together", "rows that are painted in one batch if their sizes are equal (default: 4)", BATCH),
+            (MACHINE, "--ray", "paint on a Ray cluster; without =ADDRESS, start one here", RAY),
         ],
     ),
 }
@@ -204,8 +215,8 @@ def make_parser(record: dict[str, Any] | None = None) -> argparse.ArgumentParser
     return parser
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options of a verb, as attributes.
+def parse(arguments: list[str] | None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """The options of a verb, as attributes; `parser` may be one of make_parser with other defaults.
 
     For `paint` and `trace` also `settings`, the Settings, and `repeats`, the record of the file that --like names or
     None: that run's options replace the defaults. For `paint` also `targets`, the file for each painting, or "-".
@@ -214,7 +225,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         InputError: options that are unknown, missing, wrong or contradict each other.
     """
-    options = make_parser().parse_args(arguments)
+    options = (parser or make_parser()).parse_args(arguments)
     if options.verb == "compare":
         check_writable(Path(options.output), options.overwrite, PAGES)
     if options.verb not in ("paint", "trace"):
@@ -300,17 +311,17 @@ def _targets(options: argparse.Namespace, seeds: range) -> list[Path]:
     targets = [Path(pattern.replace("{seed}", str(seed))) for seed in seeds]
     explained = [] if options.explain_mask is None else [Path(options.explain_mask)]
     # a painting may take the place of its own image, or of the painting that it repeats
-    given = {_identity(file) for file in (options.image, options.mask, options.like) if file is not None}
-    taken = set() if options.mask is None else {_identity(options.mask)}
+    given = {identity(file) for file in (options.image, options.mask, options.like) if file is not None}
+    taken = set() if options.mask is None else {identity(options.mask)}
     for file in [*explained, *(dict.fromkeys(targets) if pattern != STREAM else ())]:  # of --best, all are the same
         check_writable(file, options.overwrite)
-        if (identity := _identity(file)) in (taken | given if file in explained else taken):
+        if (same := identity(file)) in (taken | given if file in explained else taken):
             raise InputError(f"output {file} is also another output, or an input; name another file")
-        taken.add(identity)
+        taken.add(same)
     return targets
 
 
-def _identity(file: str | Path) -> object:
+def identity(file: str | Path) -> object:
     """The same for all names of one file, by links or, where a folder may not tell them apart, by case."""
     try:
         found = os.stat(file)

@@ -32,6 +32,7 @@ from minpaint.picture.frame import Frame, open_frame
 from minpaint.picture.saving import FORMATS, SAVING, Record, check_target, read_record, save
 from minpaint.samplers import Step
 
+OF_PAINTER = ("model", "device", "dtype", "budget", "config", "fast", "vae", "lora")  # options that choose one
 BESIDE_CHECKER = 256 * 2**20  # bytes that a call of the safety checker and the paintings take beside its weights
 
 
@@ -40,7 +41,7 @@ def paint(options: Namespace, note: Note) -> None:
     settings = options.settings
     image, mask = source(options.image, "image"), None if options.mask is None else source(options.mask, "mask")
     with without_chatter():
-        frame, record = open_frame(image, mask, settings), begin_record(options, image, mask)
+        frame, record = open_frame(image, mask, settings), record_of(options, image, mask)
     del image, mask  # their files may be large
     told = record | {"seed": settings.seeds[-1]} if options.record else None
     check_target(options.targets[-1], frame, told, options.profile == "minpaint")
@@ -63,7 +64,7 @@ def paint(options: Namespace, note: Note) -> None:
         paintings = painter.paint(frame, options.settings, on_step, saving)
     verdicts = [] if checker is None else _judge(checker, painter, paintings, options.safety, note)
     if options.record or options.repeats:
-        complete_record(record, options, painter, note)
+        _complete(record, options, painter, note)
     outputs = _write(options, frame, paintings, record, note)
     for output in outputs if verdicts else ():
         output["safety"] = verdicts[output["seed"] - settings.seed]._asdict()
@@ -92,8 +93,7 @@ def info(options: Namespace, note: Note) -> None:
 
 def open_for(options: Namespace) -> Painter:
     """The painter that the options of `paint` ask for."""
-    names = ("device", "dtype", "budget", "config", "fast", "vae", "lora")
-    return open_painter(options.model or "tiny", *(getattr(options, name) for name in names))
+    return open_painter(options.model or "tiny", *(getattr(options, name) for name in OF_PAINTER[1:]))
 
 
 @contextmanager
@@ -161,7 +161,7 @@ def _write(options: Namespace, frame: Frame, paintings: list[Painting], record: 
     return outputs
 
 
-def begin_record(options: Namespace, image: BytesIO, mask: BytesIO | None) -> Record:
+def record_of(options: Namespace, image: BytesIO, mask: BytesIO | None) -> Record:
     """All that is needed to paint the pictures again, but for their seeds, as far as it is known before they are."""
     return {
         "minpaint": __version__,
@@ -183,19 +183,23 @@ def begin_record(options: Namespace, image: BytesIO, mask: BytesIO | None) -> Re
     }
 
 
-def complete_record(record: Record, options: Namespace, painter: Painter, note: Note) -> None:
-    """Add to a record what the run has shown, and say what differs from the run repeated."""
-    record |= {
-        "dtype": dtype_name(painter.dtype),
-        "device": painter.device.type,
-        "model_sha256": None,
-        "lora_sha256": None,
-    }
+def run_of(painter: Painter, note: Note) -> Record:
+    """What a painter adds to the records of its paintings, whatever they are of."""
+    found: Record = {"dtype": dtype_name(painter.dtype), "device": painter.device.type}
+    found |= {"model_sha256": None, "lora_sha256": None}
     try:
-        record["model_sha256"] = fingerprint(painter.files)
-        record["lora_sha256"] = [sha256(file) for file in painter.loras]
+        return found | {
+            "model_sha256": fingerprint(painter.files),
+            "lora_sha256": [sha256(file) for file in painter.loras],
+        }
     except OSError as error:
         note(f"note: the record lacks the weights' SHA-256 ({error})")
+    return found
+
+
+def _complete(record: Record, options: Namespace, painter: Painter, note: Note) -> None:
+    """Add to a record what the run has shown, and say what differs from the run repeated."""
+    record |= run_of(painter, note)
     before = options.repeats or record
     for name in ("model", "lora", "image", "mask"):
         key = f"{name}_sha256"

@@ -13,7 +13,7 @@ from PIL import ImageChops
 
 from minpaint import __version__
 from minpaint.cli.options import Note, parse, source, without_chatter
-from minpaint.cli.paint import open_for, progress
+from minpaint.cli.paint import OF_PAINTER, open_for, progress
 from minpaint.engine.device import dtype_name
 from minpaint.errors import InputError, MinpaintError
 from minpaint.painter import Painter
@@ -24,8 +24,6 @@ from minpaint.study.compare import Difference, compare_page, judge, options_apar
 from minpaint.study.page import require_plots
 from minpaint.study.trace import Trace, save_raw, trace_run
 from minpaint.study.trace_page import trace_page
-
-OF_PAINTER = ("model", "device", "dtype", "budget", "config", "fast", "vae", "lora")  # options that choose one
 
 
 def trace(options: Namespace, note: Note) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from minpaint import load
 from minpaint.cli.options import Note, source
-from minpaint.cli.paint import begin_record, complete_record
+from minpaint.cli.paint import record_of, run_of
 from minpaint.engine.device import dtype_name
 from minpaint.errors import InputError
 from minpaint.picture.saving import Record
@@ -45,10 +45,8 @@ def ui(options: Namespace, note: Note) -> None:
             """What `paint` would leave in a file that it paints from these."""
             given = {"settings": settings, "image": str(image), "mask": mask and str(mask), "repeats": None}
             asked = Namespace(**vars(options) | given)
-            begun = begin_record(asked, source(asked.image, "image"), source(asked.mask, "mask") if mask else None)
-            begun |= {"ignored": painter.ignored(settings)}
-            complete_record(begun, asked, painter, note)
-            return begun
+            begun = record_of(asked, source(asked.image, "image"), source(asked.mask, "mask") if mask else None)
+            return begun | {"ignored": painter.ignored(settings), **run_of(painter, note)}
 
         studio, token = Studio(painter, folder, record), secrets.token_urlsafe(24)
         host, port = listening.getsockname()[:2]

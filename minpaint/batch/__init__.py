@@ -1,0 +1,1 @@
+"""Many pictures: `python -m minpaint batch`."""
