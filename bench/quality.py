@@ -32,7 +32,7 @@ from weights import world
 SAMPLER: dict[str, Any] = {"sampler": "dpmpp", "steps": 20}
 RIM = 12  # pixels inside a hole's edge in which the scenery is to go on as it was
 OWN = "the renderer's own"
-HILLS, DISCS = "<= 0.1", "<= 0.1"  # half of what the first model had
+HILLS, DISCS = "<= 0.26", "<= 0.72"  # half of what the first model had
 WHOLE = 24  # levels of mean error below which a cut sun or moon counts as whole
 
 

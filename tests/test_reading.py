@@ -66,7 +66,7 @@ def test_what_the_text_points_to_is_there() -> None:
     text = re.sub("(?ms)^```.*?^```", "", READING.read_text(encoding="utf-8"))  # without its code
     for path in re.findall(r"\]\(([^)#]+)\)", text):
         assert (READING.parent / path).exists(), path
-    for name, module in re.findall(r"`(samplers|inpaint|trace|banded)\.(?!py`)(\w+)`", text):
+    for name, module in re.findall(r"`(samplers|inpaint|preview|banded)\.(?!py`)(\w+)`", text):
         source = next(READING.parent.joinpath("minpaint").rglob(f"{name}.py")).read_text(encoding="utf-8")
         assert f"def {module}(" in source
 

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from minpaint.checkpoint.configs import text_config, unet_config, vae_config
-from minpaint.checkpoint.load import load_checkpoint
 from minpaint.checkpoint.scheduler import scheduler_config
 from minpaint.checkpoint.tokenizer import load_tokenizer
 from minpaint.models.text import build_text_encoder
@@ -58,8 +57,8 @@ UNET = unet_json(
     layers_per_block=1,
     norm_num_groups=8,
     sample_size=world.SIZE // FACTOR,
-    down_block_types=3 * ["CrossAttnDownBlock2D"],
-    up_block_types=3 * ["CrossAttnUpBlock2D"],
+    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
 )
 AUTOENCODER = vae_json([16, 32, 64, 64], layers_per_block=1, norm_num_groups=8, sample_size=world.SIZE)
 
@@ -194,21 +193,6 @@ def placed(model: Model, device: str) -> Model:
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def begun(model: Model, source: nn.Module | None) -> Model:
-    """The model with another's weights, if there is one.
-
-    A layer that the other lacks keeps its random weights; if it is an attention block, its last
-    projection becomes zero, so that the network starts as what the other computes.
-    """
-    if source is not None:
-        missing, unknown = model.load_state_dict(source.state_dict(), strict=False)
-        assert not [name for name in unknown if "position_ids" not in name], unknown
-        for name in missing:
-            if "proj_out" in name:
-                nn.init.zeros_(model.get_parameter(name))
-    return model
-
-
 def half_on_gpu(device: str) -> torch.autocast:
     """bf16 where it is faster; on CPUs without AMX it is slower than fp32."""
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
@@ -230,8 +214,8 @@ def train_vae(options: argparse.Namespace, log: Path) -> VAE:
     Kingma and Welling 2014; the regularisation is Rombach et al. 2022's, section 3.1.
     """
     torch.manual_seed(0)
-    model = placed(begun(VAE(vae_config(AUTOENCODER)), options.start and options.start.vae), options.device)
-    optimizer = Optimizer([model], 0.02 * options.rate, 2e-3 * options.rate, options.vae_steps)
+    model = placed(VAE(vae_config(AUTOENCODER)), options.device)
+    optimizer = Optimizer([model], 0.02, 2e-3, options.vae_steps)
     whole = options.vae_steps - options.vae_steps // 5  # the last steps see whole pictures
 
     def loss_at(step: int) -> dict[str, Tensor]:
@@ -248,9 +232,9 @@ def train_vae(options: argparse.Namespace, log: Path) -> VAE:
         error = rebuilt - pixels
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return {
-            "pixels": (weight * (error**2 + 0.005 * error.abs())).mean(),
+            "pixels": (weight * (error**2 + 0.02 * error.abs())).mean(),
             "edges": 0.5 * sum(((error.diff(dim=dim)) ** 2).mean() for dim in (2, 3)),  # type: ignore[dict-item]
-            "kl": 2e-5 * kl,
+            "kl": 1e-4 * kl,
         }
 
     [average] = Training("vae", [model], optimizer, options.vae_steps, options.work, log).run(loss_at)
@@ -259,14 +243,9 @@ def train_vae(options: argparse.Namespace, log: Path) -> VAE:
 
 
 def _crop(rng: Random, size: int) -> tuple[Any, Tensor]:
-    """A square of a random scene, mostly around one of its things, and each pixel's weight [1, y, x].
-
-    One in four has a grey hole, as the pictures have whose latents tell the UNet what to keep.
-    """
+    """A square of a random scene, mostly around one of its things, and each pixel's weight [1, y, x]."""
     scene = world.scene(rng, misplaced=0.4)
     picture = world.draw(scene)
-    if rng.random() < 0.25:
-        picture.paste((128, 128, 128), mask=_masks(rng, scene)[0])
     weight = torch.ones(1, world.SIZE, world.SIZE)
     for thing in scene.things:
         weight[0][world.pixels(thing.box)] = 3.0
@@ -285,7 +264,7 @@ def _crop(rng: Random, size: int) -> tuple[Any, Tensor]:
 
 MASKS = 4  # of each scene
 DROPPED = 0.1  # share of empty prompts (Ho and Salimans 2021, classifier-free guidance)
-KEPT_WEIGHT = 0.25  # of the loss outside the hole
+KEPT_WEIGHT = 0.5  # of the loss outside the hole
 LARGEST_SNR = 5.0  # Hang et al. 2023, arXiv:2303.09556, equation 8
 
 
@@ -365,15 +344,12 @@ def _random_of(number: int) -> Random:
 
 
 def _masks(rng: Random, scene: world.Scene) -> list[Any]:
-    """MASKS masks, most over a thing if there is one; three of four made of whole latent cells.
-
-    Of whole cells are the holes of the default profile, the others are as the reference makes them.
-    """
+    """MASKS masks, most over a thing if there is one; half of them made of whole latent cells."""
     masks: list[Any] = []
     while len(masks) < MASKS:
         thing = rng.choice(scene.things) if scene.things and rng.random() < 0.7 else None
         mask = world.hole_over(rng, thing) if thing else world.hole_anywhere(rng)
-        if rng.random() < 0.75:
+        if rng.random() < 0.5:
             side = world.SIZE // FACTOR
             cells = mask.reduce(FACTOR).point(lambda grey: 255 if grey else 0)
             mask = cells.resize((side * FACTOR, side * FACTOR), 0)  # 0: nearest
@@ -422,10 +398,9 @@ def train_unet(options: argparse.Namespace, log: Path, vae: VAE) -> tuple[nn.Mod
     scaling = 1 / float((mean.var() + deviation.square().mean()).sqrt())
 
     torch.manual_seed(1)
-    unet = placed(begun(UNet(unet_config(UNET)), options.start and options.start.unet), options.device)
-    text = begun(build_text_encoder(text_config(words_json(vocabulary))), options.start and options.start.text_encoder)
-    text = text.to(options.device)
-    optimizer = Optimizer([unet, text], 0.01 * options.rate, 2e-3 * options.rate, options.unet_steps)
+    unet = placed(UNet(unet_config(UNET)), options.device)
+    text = build_text_encoder(text_config(words_json(vocabulary))).to(options.device)
+    optimizer = Optimizer([unet, text], 0.01, 2e-3, options.unet_steps)
     alpha_bar = torch.tensor(alphas_cumprod(scheduler_config(SCHEDULER)))
 
     def loss_at(step: int) -> dict[str, Tensor]:
@@ -480,8 +455,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=TINY, help="the checkpoint's folder")
     parser.add_argument("--work", type=Path, default=Path("tiny-training"), help="where to keep the state")
-    parser.add_argument("--start", type=Path, help="a checkpoint whose weights to start from (default: random ones)")
-    parser.add_argument("--rate", type=float, default=1.0, help="share of the usual learning rates")
     parser.add_argument("--vae-steps", type=int, default=2400)
     parser.add_argument("--unet-steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=32, help="of the UNet's training")
@@ -491,7 +464,6 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / "training.jsonl"
-    options.start = options.start and load_checkpoint(options.start)
     vae = train_vae(options, log)
     unet, text, scaling = train_unet(options, log, vae)
     write(options.out, vae, unet, text, scaling)
