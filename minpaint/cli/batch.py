@@ -48,7 +48,8 @@ def batch(options: Namespace, note: Note) -> None:
         tasks = list(_tasks([row for block in mine for row in block], painter, faults, note))
         if faults:
             print(*(f"minpaint: {options.manifest}: {fault}" for fault in faults), sep="\n", file=sys.stderr)
-            raise InputError(f"{options.manifest}: nothing is painted before the {len(faults)} faults above are mended")
+            told = f"nothing is painted before what is said above is mended (faults: {len(faults)})"
+            raise InputError(f"{options.manifest}: {told}")
         if not rows:
             raise InputError(
                 f"{options.manifest} holds no row; it needs an image, a mask and a prompt for each painting"
