@@ -276,6 +276,7 @@ def test_shards_together_are_the_single_run(batch: Batch, tmp_path: Path) -> Non
     assert outputs(tmp_path / "parts") == single
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path: Path) -> None:
     """tests/batch_kills.py by itself does more of them."""
     torch.set_num_threads(1)
@@ -286,6 +287,7 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path: Path) -> N
     assert "killed: 6" in done.stdout
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_many_rows(tmp_path: Path) -> None:
     """tests/batch_memory.py does 1,000 rows."""
     done = subprocess.run(
