@@ -21,9 +21,10 @@ PATIENCE = 120  # seconds
 
 
 class Server:
-    """`python -m minpaint ui` on a folder. url: what it printed; base: that without the token."""
+    """`python -m minpaint ui`. folder: where it keeps pictures; url: what it printed; base: that without the token."""
 
     def __init__(self, folder: Path, *options: str) -> None:
+        self.folder = folder
         command = [sys.executable, "-m", "minpaint", "ui", "-o", str(folder), "--device", "cpu", *options]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(

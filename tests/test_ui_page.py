@@ -231,6 +231,29 @@ def test_keys_in_the_prompt_are_text(page: Browser) -> None:
     assert drawn(page) == set()
 
 
+def test_a_dropped_and_a_pasted_picture_are_opened(page: Browser, server: Server) -> None:
+    content = PICTURE.read_bytes()
+    dropped = {"items": [], "files": [str(PICTURE.resolve())], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        page.call("Input.dispatchDragEvent", type=kind, x=400, y=400, data=dropped)
+    page.wait(f"picture.name === '{PICTURE.name}' && {READY}")
+    page.run(
+        f"const carried = new DataTransfer(); carried.items.add(new File([new Uint8Array({list(content)})],"
+        "'pasted.png', {type: 'image/png'})); document.dispatchEvent(new ClipboardEvent('paste',"
+        "{clipboardData: carried, bubbles: true})); 0"
+    )
+    page.wait(f"picture.name === 'pasted.png' && {READY}")
+    for told in server.ask("begin")["pictures"][:2]:  # as they were, byte for byte
+        [file] = (server.folder / told["id"]).glob("picture.*")
+        assert file.read_bytes() == content
+
+
+def test_pasted_text_opens_nothing(page: Browser) -> None:
+    before = page.run("picture.id")
+    page.run("document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: new DataTransfer()})); 0")
+    assert page.run("ask('begin').then(told => told.pictures[0].id)") == before
+
+
 def test_dragging_an_edge_expands(page: Browser) -> None:
     page.click("#fit")
     x, y, scale = page.run("(b => [b.x + 4, b.y + 20, scale])(document.querySelector('.edge:nth-child(3)')"
