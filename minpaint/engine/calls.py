@@ -133,6 +133,7 @@ class Calls:
     def unet(self, strategy: Strategy, x: Tensor, t: Tensor, context: Tensor, streamed: bool = False) -> Tensor:
         """The UNet's prediction [b, 4, y, x] float32, for a batch that may be split.
 
+        On the meta device two parts are called, which take the memory that all take.
         What depends on the context alone is computed once, as long as the calls have the same
         tensor. On a GPU the whole call is recorded and replayed, unless weights are streamed.
         """
@@ -146,13 +147,12 @@ class Calls:
             x = x.to(arithmetic)
             if self.replay is not None and not hooked:
                 return self.replay(x, t).float()
-            batches = [(x, t, context)]
-            if not whole:
-                batches = list(zip(*(torch.split(each, strategy.batch) for each in batches[0]), strict=True))
-            if x.is_meta:
-                del batches[2:]  # two take the memory that all take
-            outputs = [unet(*batch).float() for batch in batches]
-            return outputs[0] if whole else torch.cat(outputs)
+            if whole:
+                prediction: Tensor = unet(x, t, context).float()
+                return prediction
+            starts = range(0, len(x), strategy.batch)
+            parts = (slice(start, start + strategy.batch) for start in (starts[:2] if x.is_meta else starts))
+            return torch.cat([unet(x[part], t[part], context[part]).float() for part in parts])
 
     @contextmanager
     def _accelerated(
