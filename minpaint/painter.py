@@ -27,7 +27,7 @@ from minpaint.models.networks import Networks, PlainNetworks
 from minpaint.picture.frame import Frame, open_frame
 from minpaint.picture.image import ImageSource
 from minpaint.picture.mask import area, reach_box
-from minpaint.picture.seam import NEIGHBOURHOOD, seam_error
+from minpaint.picture.seam import MEASURED, seam_error
 from minpaint.picture.view import ReferenceView, View, choose_views
 from minpaint.samplers import SAMPLERS, Step
 from minpaint.schedule import Schedule, make_schedule
@@ -177,9 +177,7 @@ class Painter:
         paintings = []
         for latents, seed in zip(step.x, settings.seeds, strict=True):
             image, hole = view.complete(frame, pictures.pop(0))
-            box = reach_box(hole, 2 * NEIGHBOURHOOD)
-            seam = seam_error(image.crop(box), hole.crop(box))
-            paintings.append(Painting(image, latents.cpu().clone(), seed, calls, seam))
+            paintings.append(Painting(image, latents.cpu().clone(), seed, calls, seam_error(image, hole)))
         return paintings
 
     def watch(
@@ -237,7 +235,7 @@ class Painter:
             steps=int((settings.steps or STEPS) * settings.strength),
             photo=frame.original.size,
             part=max(area(view.box) for view in views),
-            seam=area(reach_box(frame.cover, 2 * NEIGHBOURHOOD)),
+            seam=area(reach_box(frame.cover, MEASURED)),
             started=started,
             saving=saving,
         )

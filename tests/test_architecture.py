@@ -51,13 +51,13 @@ MAY_IMPORT = {
 # top level and models/, but for the painter. A change that adds lines takes others away.
 BUDGETS = {
     "core": 1562,
-    "painter": 340,
-    "picture": 1125,
+    "painter": 338,
+    "picture": 1128,
     "checkpoint": 2044,
     "engine": 2294,
     "study": 3193,
     "ui": 460,
-    "batch": 303,
+    "batch": 301,
     "cli": 1379,
 }
 LONGEST = 350

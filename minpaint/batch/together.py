@@ -15,8 +15,7 @@ from minpaint.inpaint import inpaint, seeded_noise
 from minpaint.models.networks import PlainNetworks
 from minpaint.painter import Job, Painter, Painting
 from minpaint.picture.canvas import Canvas
-from minpaint.picture.mask import reach_box
-from minpaint.picture.seam import NEIGHBOURHOOD, seam_error
+from minpaint.picture.seam import seam_error
 from minpaint.samplers import SAMPLERS
 
 # Whole pictures that count against the budget for each painting of a run, because they are in memory
@@ -99,7 +98,6 @@ def paint_together(painter: Painter, jobs: list[Job]) -> list[Painting]:
     paintings = []
     for job, latents, picture in zip(jobs, last.x, finished, strict=True):
         image, hole = job.views[0].complete(job.frame, picture)
-        box = reach_box(hole, 2 * NEIGHBOURHOOD)
-        seam = seam_error(image.crop(box), hole.crop(box))
-        paintings.append(Painting(image, latents.cpu().clone(), job.settings.seed, last.i + 1, seam))
+        seed, seam = job.settings.seed, seam_error(image, hole)
+        paintings.append(Painting(image, latents.cpu().clone(), seed, last.i + 1, seam))
     return paintings

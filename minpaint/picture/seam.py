@@ -13,11 +13,13 @@ from torch import Tensor
 
 from minpaint.picture.fill import membrane
 from minpaint.picture.image import to_unit
+from minpaint.picture.mask import reach_box
 
 # of a few pairs, the one with which the tiny model's paintings keep to the prompt and show little seam
 SHIFT = 0.15  # of pixels in [-1, 1]: 19 levels
 FADE = 4.0  # pixels
 NEIGHBOURHOOD = 8  # pixels on both sides of the seam that it is compared with
+MEASURED = 2 * NEIGHBOURHOOD  # pixels around the hole that the seam's error is measured in
 
 
 def match_colour(painted: Tensor, original: Tensor, kept: Tensor) -> Tensor:
@@ -46,7 +48,8 @@ def seam_error(picture: Image.Image, hole: Image.Image) -> float:
     pixels across the edge, minus its mean over the pairs near the edge that do not cross it.
     Never below 0; 0 if there is no edge.
     """
-    levels, inside = 255 * to_unit(picture.convert("RGB"))[0], to_unit(hole)[0] > 0
+    box = reach_box(hole, MEASURED)
+    levels, inside = 255 * to_unit(picture.crop(box).convert("RGB"))[0], to_unit(hole.crop(box))[0] > 0
     near = torch.stack([inside, ~inside]).float()
     near = F.max_pool2d(near, 2 * NEIGHBOURHOOD + 1, 1, NEIGHBOURHOOD).all(0)[0]  # both are within reach
     inside = inside[0]
