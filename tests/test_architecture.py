@@ -54,7 +54,7 @@ BUDGETS = {
     "painter": 338,
     "picture": 1128,
     "checkpoint": 2044,
-    "engine": 2294,
+    "engine": 2304,
     "study": 3193,
     "ui": 460,
     "batch": 301,

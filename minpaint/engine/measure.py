@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +54,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _makes_nothing(func):
+            return func(*args, **kwargs)
         key = (func, *map(_signature, args), *map(_signature, kwargs.values()), *kwargs)
         if key in self.known:
             is_bare, forms = self.known[key]
@@ -77,6 +80,13 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _free(self, size: int) -> None:
         self.live -= size
+
+
+@cache
+def _makes_nothing(func: Any) -> bool:
+    """Whether all that an operation returns is its arguments' memory; reshape and its like may make copies."""
+    may_copy = func.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd)
+    return not may_copy and all(returned.alias_info for returned in func._schema.returns)
 
 
 def _holder(x: Tensor) -> Any:
