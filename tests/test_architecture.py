@@ -54,7 +54,7 @@ BUDGETS = {
     "painter": 338,
     "picture": 1128,
     "checkpoint": 2044,
-    "engine": 2304,
+    "engine": 2328,
     "study": 3193,
     "ui": 460,
     "batch": 301,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_mask, make_picture, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -275,39 +277,53 @@ def test_a_pytorch_that_cannot_tell_is_taken_to_lack_bfloat16_units(
     assert choose_arithmetic(CPU, torch.bfloat16) == torch.float32
 
 
-@pytest.mark.parametrize("form", [F2, F4, fast.PACKED])
-def test_a_quick_convolution_that_is_wrong_gives_way_to_the_plain_one(
-    monkeypatch: pytest.MonkeyPatch, form: Filtering | str
+@pytest.mark.parametrize("form", [F2, F4, nn.Conv2d, nn.Linear])
+def test_a_quick_layer_that_is_wrong_gives_way_to_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch, form: Filtering | type
 ) -> None:
     """As if another release of PyTorch, or another processor, gave something else: said once, and computed plainly."""
-    if form == fast.PACKED:
-        monkeypatch.setattr(fast, "_with_packed_weight", lambda x, layer, cache: 1.1 * layer(x))
-    else:
+    if isinstance(form, Filtering):
         right = fast.winograd_convolve
         monkeypatch.setattr(fast, "winograd_convolve", lambda *given: 1.1 * right(*given))
-    kind = torch.bfloat16 if form == fast.PACKED else torch.float32
+    else:
+        monkeypatch.setattr(fast, "_with_packed_weight", lambda x, layer, cache: 1.1 * layer(x))
+    kind = torch.float32 if isinstance(form, Filtering) else torch.bfloat16
     generator, side = torch.Generator().manual_seed(3), 8 if form == F2 else 32
-    layer = nn.Conv2d(128, 128, 3, padding=1).to(kind).requires_grad_(False)
+    call: Any = fast.project if form == nn.Linear else convolve
+    layer: Any = nn.Linear(side, 128) if form == nn.Linear else nn.Conv2d(128, 128, 3, padding=1)
+    layer = layer.to(kind).requires_grad_(False)
     x = torch.randn((2, 128, side, side), generator=generator).to(kind)
     fast.is_right.cache_clear()
     try:
-        with pytest.warns(MinpaintWarning, match="a quick convolution is off by 0.1 here") as told:
-            found = [convolve(x, layer, cache=LayerCache()) for _ in range(3)]
+        with pytest.warns(MinpaintWarning, match="a quick .* is off by 0.1 here") as told:
+            found = [call(x, layer, cache=LayerCache()) for _ in range(3)]
         assert len(told) == 1
     finally:
         fast.is_right.cache_clear()
-    assert all(relative_error(out, layer(x)) < (1e-2 if form == fast.PACKED else 1e-6) for out in found)
+    assert all(relative_error(out, layer(x)) < (1e-6 if isinstance(form, Filtering) else 1e-2) for out in found)
 
 
-@pytest.mark.parametrize("form", [F2, F4, fast.PACKED])
-def test_the_quick_convolutions_are_right_on_this_machine(form: Filtering | str) -> None:
-    if form == fast.PACKED and not can_cache(torch.bfloat16, torch.bfloat16):
+@pytest.mark.parametrize("form", [F2, F4, nn.Conv2d, nn.Linear])
+def test_the_quick_layers_are_right_on_this_machine(form: Filtering | type) -> None:
+    if isinstance(form, type) and not can_cache(torch.bfloat16, torch.bfloat16):
         pytest.skip("this processor has no packed bfloat16 weights")
     fast.is_right.cache_clear()
     assert fast.is_right(form)
 
 
-@pytest.mark.parametrize("refused", ["mkldnn_reorder_conv2d_weight", "_convolution_pointwise"])
+PRIVATE: dict[str, tuple[Any, Any, type]] = {  # where it is, what stands in for it, the kind of layer that calls it
+    "mkldnn_reorder_conv2d_weight": (torch.ops.aten, lambda weight, *_: weight, nn.Conv2d),
+    "_convolution_pointwise": (
+        torch.ops.mkldnn,
+        lambda x, weight, bias, padding, stride, *_: F.conv2d(x, weight, bias, stride, padding),
+        nn.Conv2d,
+    ),
+    "_reorder_linear_weight": (torch.ops.mkldnn, lambda weight, _: weight, nn.Linear),
+    "_linear_pointwise": (torch.ops.mkldnn, lambda x, weight, bias, *_: F.linear(x, weight, bias), nn.Linear),
+}
+
+
+@pytest.mark.parametrize("refused", PRIVATE)
 def test_packed_weights_that_are_refused_end_in_the_plain_layer(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
@@ -320,15 +336,15 @@ def test_packed_weights_that_are_refused_end_in_the_plain_layer(
         asked.append(x)
         raise refusal
 
-    # as far as the one that refuses, on any processor
-    monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda weight: weight)
-    monkeypatch.setattr(torch.ops.aten, "mkldnn_reorder_conv2d_weight", lambda weight, *_: weight)
-    monkeypatch.setattr(torch.ops.aten if refused.startswith("mkldnn") else torch.ops.mkldnn, refused, refuse)
+    monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda weight: weight)  # as far as the one that refuses, on any
+    for name, (place, stand_in, _) in PRIVATE.items():  # processor
+        monkeypatch.setattr(place, name, refuse if name == refused else stand_in)
+    monkeypatch.setattr(fast, "is_right", lambda kind: True)
     fast._warn_of_refusal.cache_clear()
-    cache = Cache()
+    cache, kind = Cache(), PRIVATE[refused][2]
 
     def call(cache: Cache | None) -> Tensor:
-        with accelerated(painter.unet, torch.bfloat16, cache=cache):
+        with accelerated(painter.unet, torch.bfloat16, prompt=PromptCache(context), cache=cache):
             return painter.unet(x.bfloat16(), t, context.bfloat16())
 
     plain = call(None)
@@ -336,8 +352,11 @@ def test_packed_weights_that_are_refused_end_in_the_plain_layer(
         found = [call(cache) for _ in range(2)]
     assert all(torch.equal(each, plain) for each in found)
     assert len(told) == 1
-    assert len(asked) == len(cache) == sum(isinstance(module, nn.Conv2d) for module in painter.unet.modules())
-    assert not any(made for forms in cache.values() for made in forms.values())
+    layers = [(name, type(layer)) for name, layer in painter.unet.named_modules()]
+    packed = [its for name, its in layers if its in (nn.Conv2d, nn.Linear) and not name.endswith(fast.OF_PROMPT)]
+    assert len(cache) == len(packed)
+    assert len(asked) == packed.count(kind)  # once for each layer
+    assert all((forms[fast.PACKED] == []) == isinstance(layer, kind) for layer, forms in cache.items())
     refusal = MemoryError()
     with pytest.raises(MemoryError):  # is no refusal, and there is a plan for it
         call({})

@@ -4,7 +4,8 @@
   filters, which are cached where the plan has room; F(2x2, 3x3), whose filters take less than half of
   the memory, then pays for the smallest maps.
 - Where the processor has units for bfloat16, which gain more than that, convolutions are oneDNN's. On a
-  small map most of their work is to pack the weights into the units' order; packed weights are cached too.
+  small map most of their work, and of a linear layer's, is to pack the weights into the units' order;
+  packed weights are cached too.
 - Feature maps lie with their channels together (NHWC), so attention needs no transposition.
 - Weights in half precision are converted a layer at a time where the processor is no slower in
   float32 (device.choose_arithmetic): fewer roundings, and the memory of half precision.
@@ -86,10 +87,13 @@ def accelerated(
                 if isinstance(module, Attention) and cache is not None:
                     attributes["forward"] = partial(_with_fused_qkv, module, cache.setdefault(module, {}))
             elif kind in LAYERS:
-                function = LAYERS[kind]
+                function, layer_cache = LAYERS[kind], None
+                if cache is not None and kind in (nn.Conv2d, nn.Linear) and not name.endswith(OF_PROMPT):
+                    layer_cache = cache.setdefault(module, {})
                 if kind is nn.Conv2d:
-                    layer_cache = None if cache is None else cache.setdefault(module, {})
                     function = partial(convolve, fast=fast, cache=layer_cache, thresholds=thresholds)
+                elif kind is nn.Linear:
+                    function = partial(project, cache=layer_cache)
                 attributes["forward"] = partial(_forward, function, module, arithmetic)
             if prompt is not None and name.endswith(OF_PROMPT):
                 attributes["forward"] = partial(prompt.project, module, module.forward)
@@ -123,10 +127,14 @@ def convolve(
     x: Tensor, layer: nn.Conv2d, fast: bool = True, cache: LayerCache | None = None, thresholds: Thresholds = DEFAULTS
 ) -> Tensor:
     """A layer's convolution of [b, c, y, x] -> [b, o, y', x'], in x's number format. The layer has a bias."""
-    if x.dtype == torch.bfloat16:
-        return _convolve_in_bfloat16(x, layer, cache)
     weight, stride, padding = layer.weight, layer.stride, layer.padding
     bias = cast(Tensor, layer.bias)
+    if x.dtype == torch.bfloat16:  # oneDNN's, with the channels together
+        x = x.contiguous(memory_format=torch.channels_last)
+        if (quick := _packed(x, layer, cache)) is not None:
+            return quick
+        weight = weight.to(x.dtype, memory_format=torch.channels_last)
+        return F.conv2d(x, weight, bias.to(x.dtype), stride, padding)
     (outputs, channels, kernel, _), cells = weight.shape, x.shape[2] * x.shape[3]
     form = (kernel, stride[0], padding[0])
     if fast and form == (1, 1, 0):
@@ -146,62 +154,78 @@ def convolve(
     return results[0] if len(results) == 1 else torch.cat(results, dim=1)
 
 
-@functools.cache
-def is_right(form: Filtering | str) -> bool:
-    """Whether a quick form of a 3x3 convolution gives what the plain one gives; if not, a warning says so.
+def project(x: Tensor, layer: nn.Linear, cache: LayerCache | None = None) -> Tensor:
+    """A linear layer's output for [..., n], in x's number format."""
+    quick = _packed(x, layer, cache) if x.dtype == torch.bfloat16 else None
+    return F.linear(x, *_converted(layer, x.dtype)) if quick is None else quick
 
-    Tried on one small layer, once in a process, at the form's first use: what is under the quick forms
-    can change with PyTorch's next release, or on a processor that nobody has tested.
+
+@functools.cache
+def is_right(form: Filtering | type) -> bool:
+    """Whether a quick form of a layer gives what the plain one gives; if not, a warning says so.
+
+    form: a way of filtering, or the kind of layer whose packed weights are tried. Tried on one small
+    layer, once in a process, at the form's first use: what is under the quick forms can change with
+    PyTorch's next release, or on a processor that nobody has tested.
     """
-    generator, packed = torch.Generator().manual_seed(0), form == PACKED
-    kind = torch.bfloat16 if packed else torch.float32
-    layer = nn.Conv2d(128, 128, 3, padding=1, device="meta", dtype=kind).to_empty(device="cpu").requires_grad_(False)
-    x = torch.empty(1, 128, 16, 16, dtype=kind)
+    generator, is_linear = torch.Generator().manual_seed(0), form is nn.Linear
+    kind = torch.float32 if isinstance(form, Filtering) else torch.bfloat16
+    with torch.device("meta"):
+        layer = nn.Linear(128, 128, dtype=kind) if is_linear else nn.Conv2d(128, 128, 3, padding=1, dtype=kind)
+    layer = layer.to_empty(device="cpu").requires_grad_(False)
+    x = torch.empty((2, 64, 128) if is_linear else (1, 128, 16, 16), dtype=kind)
     for tensor in (x, *layer.parameters()):
         tensor.normal_(generator=generator)
     if isinstance(form, Filtering):
         quick = winograd_convolve(x, layer.weight, cast(Tensor, layer.bias), form)
     else:
-        quick = _with_packed_weight(x.contiguous(memory_format=torch.channels_last), layer, {})
+        quick = _with_packed_weight(x if is_linear else x.contiguous(memory_format=torch.channels_last), layer, {})
     plain = layer(x).float()
     difference = float((quick.float() - plain).abs().max() / plain.abs().max())
     right = difference <= LARGEST_DIFFERENCE[kind]  # so that NaN is wrong
     if not right:
-        told = f"a quick convolution is off by {difference:.1g} here; going on with the plain one, more slowly"
+        what = "linear layer" if is_linear else "convolution"
+        told = f"a quick {what} is off by {difference:.1g} here; going on with the plain one, more slowly"
         warnings.warn(told, MinpaintWarning, stacklevel=2)
     return right
 
 
-def _convolve_in_bfloat16(x: Tensor, layer: nn.Conv2d, cache: LayerCache | None) -> Tensor:
-    """A convolution by oneDNN with channels together, and with packed weights where there is a cache.
+def _packed(x: Tensor, layer: Any, cache: LayerCache | None) -> Tensor | None:
+    """The output of a convolution or a linear layer by packed weights, if it has a cache for them and they can be used.
 
     The operators for packed weights are private to PyTorch, and may refuse or change. If they fail,
     an empty list in the cache says so, and the layer is computed with its weights as they are.
     """
-    x, bias = x.contiguous(memory_format=torch.channels_last), cast(Tensor, layer.bias)
-    if cache is not None and cache.get(PACKED) != []:
-        try:
-            if x.is_meta or is_right(PACKED):
-                return _with_packed_weight(x, layer, cache)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            cache[PACKED] = []
-            _warn_of_refusal(str(error).partition("\n")[0])
-    weight = layer.weight.to(x.dtype, memory_format=torch.channels_last)
-    return F.conv2d(x, weight, bias.to(x.dtype), layer.stride, layer.padding)
+    kind: Any = type(layer)
+    if cache is None or cache.get(PACKED) == []:
+        return None
+    try:
+        if x.is_meta or is_right(kind):
+            return _with_packed_weight(x, layer, cache)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        cache[PACKED] = []
+        _warn_of_refusal(str(error).partition("\n")[0])
+    return None
 
 
-def _with_packed_weight(x: Tensor, layer: nn.Conv2d, cache: LayerCache) -> Tensor:
-    """The convolution of [b, c, y, x], channels together, with weights in the order of the processor's units."""
-    form = (layer.padding, layer.stride, layer.dilation, layer.groups)
+def _with_packed_weight(x: Tensor, layer: Any, cache: LayerCache) -> Tensor:
+    """The output for [b, c, y, x], channels together, or [..., n]; the weights are in the order of the units."""
+    mkldnn, is_linear = torch.ops.mkldnn, isinstance(layer, nn.Linear)
+    form = () if is_linear else (layer.padding, layer.stride, layer.dilation, layer.groups)
     if PACKED not in cache:
-        pack = torch.ops.aten.mkldnn_reorder_conv2d_weight
-        cache[PACKED] = [layer.weight.clone() if x.is_meta else pack(layer.weight.to_mkldnn(), *form, x.shape)]
-    [packed] = cache[PACKED]
+        if x.is_meta:
+            cache[PACKED] = [layer.weight.clone()]
+        elif is_linear:
+            cache[PACKED] = [mkldnn._reorder_linear_weight(layer.weight, x.numel() // x.shape[-1])]
+        else:
+            cache[PACKED] = [torch.ops.aten.mkldnn_reorder_conv2d_weight(layer.weight.to_mkldnn(), *form, x.shape)]
     if x.is_meta:
-        return F.conv2d(x, packed, layer.bias, layer.stride, layer.padding)
-    out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, layer.bias, *form, "none", [], "")
+        plain = F.linear if is_linear else partial(F.conv2d, stride=layer.stride, padding=layer.padding)
+        return plain(x, layer.weight, layer.bias)
+    call = mkldnn._linear_pointwise if is_linear else mkldnn._convolution_pointwise
+    out: Tensor = call(x, cache[PACKED][0], layer.bias, *form, "none", [], "")
     return out
 
 
@@ -241,7 +265,7 @@ def _converted(layer: Any, dtype: torch.dtype) -> tuple[Any, Any]:
 
 LAYERS: dict[type, Callable[..., Tensor]] = {
     nn.Conv2d: convolve,
-    nn.Linear: lambda x, layer: F.linear(x, *_converted(layer, x.dtype)),
+    nn.Linear: project,
     nn.GroupNorm: lambda x, layer: F.group_norm(x, layer.num_groups, *_converted(layer, x.dtype), layer.eps),
     nn.LayerNorm: lambda x, layer: F.layer_norm(x, layer.normalized_shape, *_converted(layer, x.dtype), layer.eps),
 }
