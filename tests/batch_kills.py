@@ -4,7 +4,7 @@
 
 After each SIGKILL every output that can be seen must be whole, and equal to that of a run that nobody disturbed; once
 a run has come to its end, none may be missing and nothing else left. The runs are forks of one process, which has
-imported everything, so that most of the moments lie within painting and writing. The tests kill a few times.
+imported everything; half of the moments are those in which a file appears. The tests kill a few times.
 """
 
 from __future__ import annotations
@@ -66,6 +66,17 @@ def outputs(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in found if not path.name.startswith(".")}
 
 
+def _wait_for_a_file(folder: Path, seconds: float) -> None:
+    """Until another name is there than now, hidden ones too, or for so long."""
+
+    def names() -> set[str]:
+        return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+    before, until = names(), time.monotonic() + seconds
+    while names() <= before and time.monotonic() < until:
+        time.sleep(0.0005)
+
+
 def strike(folder: Path, kills: int, seed: int) -> Counter[str]:
     """Kill so many runs, each time checking what is left; says how often what was seen."""
     rng, counts, output = random.Random(seed), Counter[str](), folder / "out"
@@ -77,7 +88,11 @@ def strike(folder: Path, kills: int, seed: int) -> Counter[str]:
     while counts["killed"] < kills or counts["running"]:
         counts["running"] = 1
         child = start(manifest, output)
-        time.sleep(rng.random() * seconds)
+        if rng.random() < 0.5:
+            time.sleep(rng.random() * seconds)
+        else:  # while it writes
+            _wait_for_a_file(output, seconds)
+            time.sleep(rng.random() * 0.02)
         if counts["killed"] < kills:
             os.kill(child, signal.SIGKILL)
         code = finish(child)
