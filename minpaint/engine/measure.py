@@ -84,9 +84,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @cache
 def _makes_nothing(func: Any) -> bool:
-    """Whether all that an operation returns is its arguments' memory; reshape and its like may make copies."""
+    """Whether all that an operation returns is a view of its arguments; reshape and its like may make copies."""
     may_copy = func.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd)
-    return not may_copy and all(returned.alias_info for returned in func._schema.returns)
+    return not may_copy and all(each.alias_info and not each.alias_info.is_write for each in func._schema.returns)
 
 
 def _holder(x: Tensor) -> Any:
