@@ -2,8 +2,8 @@
 
     python -m bench.batch --rows 16 --steps 10 --rounds 3
 
-All load the model, open pictures and masks, and write PNGs; `paint` starts a process for each picture. diffusers paints
-four pictures in a batch. The ratios are of whole times, in turns.
+All load the model, open pictures and masks, paint whole pictures, and write PNGs; `paint` starts a process for each
+picture. diffusers paints four pictures in a batch. The ratios are of whole times, in turns.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def compare_rows(family: str, rows: int, steps: int, rounds: int, size: int) -> 
                 picture.save(folder / f"{row}.png")
                 manifest.write(json.dumps({"image": f"{row}.png", "mask": "mask.png", "prompt": PROMPT, "seed": row}))
                 manifest.write("\n")
-        common = ["--model", str(model), "--device", "cpu", "--steps", str(steps), "--quiet"]
+        common = ["--model", str(model), "--device", "cpu", "--steps", str(steps), "--context", "whole", "--quiet"]
 
         def batch() -> None:
             if main(["batch", str(folder / "rows.jsonl"), "-o", str(folder / f"out{next(turn)}"), *common]):
@@ -48,7 +48,7 @@ def compare_rows(family: str, rows: int, steps: int, rounds: int, size: int) -> 
             painter = minpaint.load(model, device="cpu")
             for row in range(rows):
                 files = folder / f"{row}.png", folder / "mask.png"
-                painter(*files, PROMPT, steps=steps, seed=row)[0].image.save(folder / "one.png")
+                painter(*files, PROMPT, steps=steps, seed=row, context="whole")[0].image.save(folder / "one.png")
 
         def paint() -> None:
             for row in range(rows):
