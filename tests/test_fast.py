@@ -336,8 +336,9 @@ def test_packed_weights_that_are_refused_end_in_the_plain_layer(
         asked.append(x)
         raise refusal
 
-    monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda weight: weight)  # as far as the one that refuses, on any
-    for name, (place, stand_in, _) in PRIVATE.items():  # processor
+    # stand-ins, so that on any processor only the one that refuses fails
+    monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda weight: weight)
+    for name, (place, stand_in, _) in PRIVATE.items():
         monkeypatch.setattr(place, name, refuse if name == refused else stand_in)
     monkeypatch.setattr(fast, "is_right", lambda kind: True)
     fast._warn_of_refusal.cache_clear()

@@ -77,7 +77,7 @@ def accelerated(
     in; None leaves the layers as they are, as a GPU needs. fast: also use forms that take memory of
     their own. prompt: where the prompt's keys and values are kept. paired: the second half of a
     UNet's batch differs from the first in its context alone. cache: where weights in other forms are
-    kept for the next call; the weights must not change meanwhile.
+    kept for the next call, but for those of the prompt's layers; they must not change meanwhile.
     """
     before = {module: vars(module).get("forward") for module in network.modules()}
     try:
@@ -196,9 +196,9 @@ def _packed(x: Tensor, layer: Any, cache: LayerCache | None) -> Tensor | None:
     The operators for packed weights are private to PyTorch, and may refuse or change. If they fail,
     an empty list in the cache says so, and the layer is computed with its weights as they are.
     """
-    kind: Any = type(layer)
     if cache is None or cache.get(PACKED) == []:
         return None
+    kind: Any = type(layer)
     try:
         if x.is_meta or is_right(kind):
             return _with_packed_weight(x, layer, cache)
