@@ -24,7 +24,7 @@ from torch import Tensor
 from minpaint.errors import CheckpointError
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PIECE = 2**20  # numbers read at a time where they are converted on the way
+PIECE = 2**18  # numbers read at a time where they are converted on the way
 ALIGNMENT = 64  # bytes; where PyTorch puts a tensor of its own (c10/core/alignment.h)
 LONGEST = 2**24  # bytes of a header or a JSON file; the largest checkpoints have some hundred thousand
 
@@ -184,8 +184,8 @@ def read_tensors(directory: Directory) -> Iterator[tuple[str, Tensor]]:
 
 def piece_buffer(tensors: Collection[Stored], dtype: torch.dtype) -> Tensor:
     """Bytes enough for `read_into` to convert any of these tensors to `dtype` piece by piece."""
-    kinds = [(FLOATS[stored.kind], stored.count) for stored in tensors]
-    sizes = [min(PIECE, count) * kind.itemsize for kind, count in kinds if kind != dtype]
+    kinds = [(FLOATS[stored.kind], min(PIECE, stored.count)) for stored in tensors if FLOATS[stored.kind] != dtype]
+    sizes = [count * (kind.itemsize + 4 * (kind.itemsize == dtype.itemsize)) for kind, count in kinds]
     return torch.empty(max([*sizes, merge_size(tensors)], default=0), dtype=torch.uint8)
 
 
@@ -206,8 +206,7 @@ def read_into(stored: Stored, target: Tensor, buffer: Tensor) -> None:
     The memory this takes is `target`'s and a few MiB, whatever the file's size. `buffer`: the
     `piece_buffer` of all tensors that are read together; a fresh one for each leaves holes in the heap.
     """
-    kind = FLOATS[stored.kind]
-    flat = target.view(-1)
+    kind, flat = FLOATS[stored.kind], target.view(-1)
     if stored.added:
         _read_changed(stored, flat, buffer)
         return
@@ -216,10 +215,11 @@ def read_into(stored: Stored, target: Tensor, buffer: Tensor) -> None:
         if kind == target.dtype:
             _fill(file, flat)
             return
+        halves = kind.itemsize == target.itemsize  # of two formats: by way of float32 takes a third of the time
         for piece in torch.split(flat, PIECE):
-            read = buffer[: len(piece) * kind.itemsize].view(kind)
+            read = buffer[4 * len(piece) * halves :][: len(piece) * kind.itemsize].view(kind)
             _fill(file, read)
-            piece.copy_(read)
+            piece.copy_(buffer[: 4 * len(piece)].view(torch.float32).copy_(read) if halves else read)
 
 
 def _read_changed(stored: Stored, flat: Tensor, buffer: Tensor) -> None:
