@@ -6,7 +6,7 @@ import os
 from minpaint.cli.main import main
 
 if __name__ == "__main__":
-    # Nearly all objects that importing and loading make are there to stay. Looking for garbage among them is a tenth
-    # of the start's time (`cli.paint` turns it on at the first step), and taking them down at the end as much again.
+    # Nearly all objects that importing and loading make stay to the end. Looking for garbage among them is a tenth of
+    # the start's time (`cli.paint` begins at the first step); freeing them one by one, with all written, is as much.
     gc.disable()
     os._exit(main())

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from folders import FILES, ROOT, Folders, as_single_file, edit, load
+from safetensors.torch import save_file
 from torch import nn
 
 import minpaint
 from minpaint.checkpoint.load import Checkpoint, load_checkpoint
+from minpaint.checkpoint.tensorfile import PIECE, piece_buffer, read_directory, read_into
 from minpaint.painter import Painter
 from weights.random_checkpoint import FAMILIES, write_checkpoint
 
@@ -78,3 +80,16 @@ def test_a_student_needs_no_engine(checkpoint: Folders) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["1", "4", "8", "8"], done.stderr
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_weight_of_several_pieces_is_converted_as_pytorch_converts_it(
+    kind: torch.dtype, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    weight = torch.randn(2 * PIECE + 3, generator=torch.Generator().manual_seed(0)).to(kind)
+    save_file({"weight": weight}, tmp_path / "file.safetensors")
+    stored = read_directory(tmp_path / "file.safetensors")["weight"]
+    target = torch.empty(stored.shape, dtype=dtype)
+    read_into(stored, target, piece_buffer([stored], dtype))
+    assert torch.equal(target, weight.to(dtype))
