@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -22,6 +21,7 @@ from minpaint.picture.image import open_image
 from minpaint.picture.saving import new_file
 from minpaint.study.compare import Difference, compare_page, judge, options_apart
 from minpaint.study.page import require_plots
+from minpaint.study.parity_record import UNLIKE
 from minpaint.study.trace import Trace, save_raw, trace_run
 from minpaint.study.trace_page import trace_page
 
@@ -92,7 +92,7 @@ def _compared(one: Trace, other: Trace, names: tuple[str, str], note: Note) -> t
     def told(found: Difference | None) -> dict[str, Any] | None:
         if found is None:
             return None
-        return {"when": found.when, "what": found.what, "size": found.size if math.isfinite(found.size) else None}
+        return {"when": found.when, "what": found.what, "size": found.size if found.size < UNLIKE else None}
 
     report: dict[str, Any] = {
         "same": verdict.first is None,
@@ -100,7 +100,7 @@ def _compared(one: Trace, other: Trace, names: tuple[str, str], note: Note) -> t
         "beyond_rounding": told(verdict.beyond),
     }
     report |= {"apart_from_step": None if verdict.apart is None else verdict.apart + 1}
-    report |= {"final": verdict.final if math.isfinite(verdict.final) else None}
+    report |= {"final": verdict.final if verdict.final < UNLIKE else None}
     report |= {"options": {name: values for name, *values in options_apart(one, other)}}
     return compare_page(one, other, names), report
 

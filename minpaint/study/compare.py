@@ -16,6 +16,7 @@ from torch import Tensor
 from minpaint.engine.device import dtype_name
 from minpaint.picture.image import to_pixels
 from minpaint.study.page import Line, Page, canvas, plot, slider, table
+from minpaint.study.parity_record import UNLIKE, relative_error
 from minpaint.study.trace import Part, Trace, spread
 from minpaint.study.trace_page import PICTURES, STEPS
 
@@ -31,7 +32,7 @@ class Difference(NamedTuple):
     """How much two runs differ in one thing.
 
     step: counted from 0; BEFORE and AFTER for what there is before the first and after the last. what: its name.
-    size: |b - a| / |a|, infinite where there is nothing to compare, as with other timesteps or shapes.
+    size: |b - a| / |a|, UNLIKE where there is nothing to compare, as with other timesteps or shapes.
     """
 
     step: int
@@ -44,7 +45,7 @@ class Difference(NamedTuple):
         return ends.get(self.step, f"in step {self.step + 1}")
 
     def __str__(self) -> str:
-        how_much = f"differs by {self.size:.2g}" if math.isfinite(self.size) else "is another"
+        how_much = f"differs by {self.size:.2g}" if self.size < UNLIKE else "is another"
         return f"{self.when}: {self.what} {how_much}"
 
 
@@ -57,7 +58,7 @@ def differences(a: Trace, b: Trace) -> Iterator[Difference]:
         embeddings = (a.embeddings.get(prompts[0]), b.embeddings.get(prompts[1]))
         yield Difference(BEFORE, f"the embedding of {name}", difference(*embeddings))
     if len(a.parts) != len(b.parts):
-        yield Difference(BEFORE, "the number of parts", math.inf)
+        yield Difference(BEFORE, "the number of parts", UNLIKE)
     start = 0
     for part_a, part_b in zip(a.parts, b.parts, strict=False):
         yield from _of_parts(part_a, part_b, start)
@@ -75,22 +76,21 @@ def _of_parts(a: Part, b: Part, start: int) -> Iterator[Difference]:
     yield Difference(BEFORE, "what the steps start from", difference(a.inputs[0], b.inputs[0]))
     yield Difference(BEFORE, "the masked picture", difference(*pictures))
     for i, (one, other) in enumerate(zip(a.steps, b.steps, strict=False)):
-        yield Difference(start + i, "the timestep", 0.0 if one.t == other.t else math.inf)
+        yield Difference(start + i, "the timestep", 0.0 if one.t == other.t else UNLIKE)
         yield Difference(start + i, UNCOND, difference(one.eps_uncond, other.eps_uncond))
         cond = [step.eps if step.eps_cond is None else step.eps_cond for step in (one, other)]
         yield Difference(start + i, COND, difference(*cond))
         yield Difference(start + i, "eps after guidance", difference(one.eps, other.eps))
         yield Difference(start + i, MOVED, difference(one.x, other.x))
     if len(a.steps) != len(b.steps):
-        yield Difference(start + min(len(a.steps), len(b.steps)), "the number of steps", math.inf)
+        yield Difference(start + min(len(a.steps), len(b.steps)), "the number of steps", UNLIKE)
 
 
 def difference(a: Tensor | None, b: Tensor | None) -> float:
-    """|b - a| / |a|; infinite for other shapes or if only one is there, or where a is 0 and b is not."""
-    if a is None or b is None or a.shape != b.shape:
-        return 0.0 if a is b else math.inf
-    apart, size = float((b.double() - a.double()).norm()), float(a.double().norm())
-    return apart / size if size else (math.inf if apart else 0.0)
+    """|b - a| / |a|; UNLIKE for other shapes or if only one is there, or where a is 0 and b is not."""
+    if a is None or b is None:
+        return 0.0 if a is b else UNLIKE
+    return relative_error(b, a)
 
 
 class Verdict(NamedTuple):
@@ -113,7 +113,7 @@ class Verdict(NamedTuple):
         )
         if self.apart is not None:
             told += f" From step {self.apart + 1} on, their latents differ by more than {SEEN:.0%}."
-        return told + (f" The final latents differ by {self.final:.2g}." if math.isfinite(self.final) else "")
+        return told + (f" The final latents differ by {self.final:.2g}." if self.final < UNLIKE else "")
 
 
 def judge(a: Trace, b: Trace) -> Verdict:
@@ -150,7 +150,7 @@ def compare_page(a: Trace, b: Trace, names: tuple[str, str] = ("A", "B")) -> str
     page.heading("Where they part", "Relative difference in each step: of the two eps, and of the latents.")
     every, curves = list(differences(a, b)), dict[str, Line]()
     for name, what in {"eps without the prompt": UNCOND, "eps with the prompt": COND, "latents": MOVED}.items():
-        sizes = {each.step + 1: each.size for each in every if each.what == what and math.isfinite(each.size)}
+        sizes = {each.step + 1: each.size for each in every if each.what == what and each.size < UNLIKE}
         if any(sizes.values()):
             curves[name] = (list(sizes), [size or math.nan for size in sizes.values()])
     if curves:

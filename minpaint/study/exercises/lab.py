@@ -19,6 +19,7 @@ from minpaint.painter import Painter
 from minpaint.picture.canvas import Canvas, reference_canvas
 from minpaint.samplers import Model
 from minpaint.schedule import Schedule, make_schedule
+from minpaint.study.parity_record import UNLIKE, relative_error
 
 Answer = Callable[..., Any]
 
@@ -63,11 +64,8 @@ def exercise(chapter: str) -> Callable[[Callable[[Lab, Answer], Result]], Callab
 
 
 def apart(found: Any, expected: Tensor) -> float:
-    """|found - expected| / |expected|; infinite for what is no tensor of this shape, or is not finite."""
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
-        return float("inf")
-    difference = (found.double() - expected.double()).norm() / expected.double().norm()
-    return float(difference) if bool(difference.isfinite()) else float("inf")
+    """|found - expected| / |expected|; UNLIKE for what is no tensor of this shape, or is not finite."""
+    return relative_error(found, expected) if isinstance(found, Tensor) else UNLIKE
 
 
 class Lab:

@@ -17,6 +17,7 @@ from minpaint.picture.image import to_unit
 from minpaint.settings import Settings
 from minpaint.study.attention import attention_weights
 from minpaint.study.exercises.lab import Answer, Lab, Result, apart, exercise
+from minpaint.study.parity_record import UNLIKE
 from minpaint.study.trace import trace_run
 
 UNET, ATTENTION, AUTOENCODER = "4 the UNet as a picture", "5 attention and words", "6 the autoencoder"
@@ -141,8 +142,8 @@ def colours_of_latents(lab: Lab, answer: Answer) -> Result:
     latents = lab.encode(lab.canvas.pixels)[0].flatten(1).T
     colours = F.avg_pool2d(lab.canvas.pixels, lab.painter.vae_config.factor)[0].flatten(1).T
     matrix = answer(latents[::2], colours[::2])
-    if apart(matrix, torch.ones(5, 3)) == float("inf"):
-        return Result(float("inf"), 0.2)
+    if apart(matrix, torch.ones(5, 3)) == UNLIKE:
+        return Result(UNLIKE, 0.2)
     shown = torch.cat([latents[1::2], torch.ones(len(latents[1::2]), 1)], dim=1) @ matrix
     left, all_ = (shown - colours[1::2]).square().sum(), (colours[1::2] - colours[1::2].mean(0)).square().sum()
     return Result(float(left / all_), 0.2, "unexplained share of the colours")

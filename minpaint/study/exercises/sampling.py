@@ -12,6 +12,7 @@ from minpaint.engine.device import without_gradients
 from minpaint.samplers import Model, ddim
 from minpaint.schedule import Schedule
 from minpaint.study.exercises.lab import Answer, Lab, Result, apart, exercise
+from minpaint.study.parity_record import UNLIKE
 
 NOISE, SAMPLERS, GUIDANCE = "1 noise and schedule", "2 samplers", "3 guidance"
 MEAN, DEVIATION = 0.7, 0.4  # of the made-up pictures of exercise 4
@@ -134,8 +135,8 @@ def invert(lab: Lab, answer: Answer) -> Result:
     model, schedule = lab.model("a house by day"), lab.schedule(50)
     x0 = lab.encode(lab.canvas.pixels)
     noise = answer(model, x0, schedule)
-    if apart(noise, lab.noise()) == float("inf"):
-        return Result(float("inf"), 0.2)
+    if apart(noise, lab.noise()) == UNLIKE:
+        return Result(UNLIKE, 0.2)
     again = [step.x for step in ddim(model, noise, schedule)][-1]
     return Result(apart(again, x0), 0.2, "relative error of the picture painted again")
 
