@@ -100,7 +100,7 @@ def swap_word(painter, picture, mask, first, second, steps):
     weights = {}
     with painter.watch(attend=remember(weights)):
         painter(picture, mask, first, steps=steps, sampler="dpmpp")
-    with painter.watch(attend=prompt_to_prompt(weights, cross=6, own=2)):
+    with painter.watch(attend=prompt_to_prompt(weights, cross=8, own=2)):
         return painter(picture, mask, second, steps=steps, sampler="dpmpp")[0].image
 
 

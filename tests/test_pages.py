@@ -98,7 +98,7 @@ def test_the_choice_of_a_level_changes_the_maps_of_the_words(chromium: Browser, 
         chromium.run(f"(() => {{ const choice = document.querySelector('select'); choice.selectedIndex = {number}; "
                      "choice.dispatchEvent(new Event('input')); })()")  # fmt: skip
         seen.append(tuple(chromium.run(words)))
-    assert len(seen) == len(set(seen)) == 3  # the mean, and two sizes of maps
+    assert len(seen) == len(set(seen)) == 4  # the mean, and three sizes of maps
     assert chromium.complaints == []
 
 

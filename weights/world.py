@@ -382,6 +382,14 @@ def hole_over(rng: Random, thing: Thing, size: int = SIZE) -> Image.Image:
     return _mask(rng, shape, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), size)
 
 
+def hole_beside(rng: Random, point: tuple[float, float], size: int = SIZE) -> Image.Image:
+    """A mask (mode L) of any shape whose edge passes near a point."""
+    width, height, turn = rng.uniform(0.15, 0.5), rng.uniform(0.15, 0.5), 2 * math.pi * rng.random()
+    x = point[0] + rng.uniform(0.7, 1.1) * width / 2 * math.cos(turn)
+    y = point[1] + rng.uniform(0.7, 1.1) * height / 2 * math.sin(turn)
+    return _mask(rng, rng.choice(SHAPES), (x - width / 2, y - height / 2, x + width / 2, y + height / 2), size)
+
+
 def hole_anywhere(rng: Random, size: int = SIZE) -> Image.Image:
     """A mask (mode L): a half of the picture, or a box, an oval, a blob or a stroke anywhere."""
     if rng.random() < 0.2:
