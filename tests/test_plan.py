@@ -191,7 +191,7 @@ def test_plan_prints_a_table_or_json(checkpoint: Folders, capsys: pytest.Capture
 
 def test_each_row_of_the_table_adds_up_to_its_peak(capsys: pytest.CaptureFixture[str]) -> None:
     for device in ("cpu", "cuda"):
-        assert main(["plan", "--device", device, "--budget", "1GiB"]) == 0  # more than PyTorch alone takes anywhere
+        assert main(["plan", "--device", device, "--budget", "4GiB"]) == 0  # more than a process takes
         head, *rows = capsys.readouterr().out.split("\n\n")[1].splitlines()
         assert head.split() == ["MiB", "base", "weights", "others", "activations", "rest", "peak", "how"]
         assert len(rows) == len(PHASES)
