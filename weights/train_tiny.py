@@ -10,7 +10,8 @@ torch.optim.Muon (2.9 or newer); the checkpoint itself does not.
 
 The bundled one was trained in four goes, each from the one before on (`--start`): 2,400 steps of the VAE and
 2,500 of the UNet, without attention on its first level; 2,600 of the VAE with `--rate 0.5`; and of the UNet,
-with `--rate 0.7`, 3,100 with the plain loss on the noise, 2,600 with HEARD 0.25, and 4,400 as it is here.
+with `--rate 0.7`, 3,100 with the plain loss on the noise, 2,600 with HEARD 0.25 and the weight
+(SNR + 1) / SNR up to 20, and 4,400 as it is here, in bf16.
 """
 
 from __future__ import annotations
