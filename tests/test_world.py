@@ -88,6 +88,18 @@ def test_a_hole_hides_its_thing_and_its_size_does_not_tell_which() -> None:
     assert max(means) < 1.25 * min(means)
 
 
+def test_most_holes_beside_a_sun_or_moon_cut_it() -> None:
+    """Of holes anywhere 12 % do, of these 92 %."""
+    cut = []
+    for seed in range(300):
+        rng = Random(seed)
+        if disc := world.scene(rng).disc:
+            x, y = (round(world.SIZE * v) for v in disc)
+            hidden = to_unit(world.hole_beside(rng, disc))[0, 0][y - 5 : y + 6, x - 5 : x + 6].mean()
+            cut.append(0.02 < float(hidden) < 0.98)
+    assert sum(cut) > 0.75 * len(cut)
+
+
 def test_holes_elsewhere_come_in_all_sizes() -> None:
     shares = [float(to_unit(world.hole_anywhere(Random(seed))).mean()) for seed in range(200)]
     assert min(shares) < 0.05

@@ -379,7 +379,7 @@ def hole_over(rng: Random, thing: Thing, size: int = SIZE) -> Image.Image:
     if shape != "box":  # rounded shapes of the same width would cut the corners of the thing
         width, height = 1.2 * width, 1.2 * height
         x, y = (x + (left + right) / 2) / 2, (y + (top + bottom) / 2) / 2
-    return _mask(rng, shape, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), size)
+    return _mask(rng, shape, _around(x, y, width, height), size)
 
 
 def hole_beside(rng: Random, point: tuple[float, float], size: int = SIZE) -> Image.Image:
@@ -387,7 +387,7 @@ def hole_beside(rng: Random, point: tuple[float, float], size: int = SIZE) -> Im
     width, height, turn = rng.uniform(0.15, 0.5), rng.uniform(0.15, 0.5), 2 * math.pi * rng.random()
     x = point[0] + rng.uniform(0.7, 1.1) * width / 2 * math.cos(turn)
     y = point[1] + rng.uniform(0.7, 1.1) * height / 2 * math.sin(turn)
-    return _mask(rng, rng.choice(SHAPES), (x - width / 2, y - height / 2, x + width / 2, y + height / 2), size)
+    return _mask(rng, rng.choice(SHAPES), _around(x, y, width, height), size)
 
 
 def hole_anywhere(rng: Random, size: int = SIZE) -> Image.Image:
@@ -397,8 +397,11 @@ def hole_anywhere(rng: Random, size: int = SIZE) -> Image.Image:
         return _mask(rng, "box", rng.choice([(0, 0, cut, 1), (cut, 0, 1, 1), (0, 0, 1, cut), (0, cut, 1, 1)]), size)
     width, height = rng.uniform(0.15, 0.6), rng.uniform(0.15, 0.6)
     x, y = rng.uniform(0, 1), rng.uniform(0, 1)
-    box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-    return _mask(rng, rng.choice(SHAPES), box, size)
+    return _mask(rng, rng.choice(SHAPES), _around(x, y, width, height), size)
+
+
+def _around(x: float, y: float, width: float, height: float) -> Box:
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
 
 def _mask(rng: Random, shape: str, box: Box, size: int) -> Image.Image:
