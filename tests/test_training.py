@@ -7,10 +7,11 @@ from random import Random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from weights import world
-from weights.train_tiny import Optimizer, Training, generator, prompt_for
+from weights.train_tiny import TINY, Optimizer, Training, generator, main, prompt_for
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="training needs torch 2.9 or newer")
 
@@ -58,8 +59,38 @@ def test_prompts_name_all_that_is_hidden_or_say_nothing() -> None:
         rng = Random(seed)
         scene = world.scene(rng)
         hidden = tuple(rng.random() < 0.5 for _ in scene.things)
-        prompt = prompt_for(rng, scene, hidden)
+        wide = rng.random() < 0.5
+        prompt = prompt_for(rng, scene, hidden, wide)
         empty += prompt == ""
+        assert not wide or prompt == "" or scene.place in prompt
         for thing, gone in zip(scene.things, hidden, strict=True):
             assert not gone or prompt == "" or thing.kind in prompt
     assert 10 <= empty <= 60
+
+
+@pytest.mark.slow
+def test_without_steps_of_the_unet_only_the_decoder_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = ["--start", str(TINY), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(
+        "sys.argv", ["train_tiny", *folders, "--unet-steps", "0", "--vae-steps", "3", "--device", "cpu"]
+    )
+    main()
+    changed = set()
+    for file in TINY.glob("*/*"):
+        made = tmp_path / "out" / file.relative_to(TINY)
+        if file.suffix != ".safetensors":
+            assert made.read_bytes() == file.read_bytes()
+            continue
+        old, new = load_file(file), load_file(made)
+        assert old.keys() == new.keys()
+        changed |= {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_without_steps_of_the_unet_a_start_must_be_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train_tiny", "--unet-steps", "0"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--start" in capsys.readouterr().err

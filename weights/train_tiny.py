@@ -3,6 +3,7 @@
     python -m weights.train_tiny                    # writes weights/tiny
     python -m weights.train_tiny --work FOLDER      # where the state to resume from is kept
     python -m weights.train_tiny --start FOLDER     # from a checkpoint's weights on
+    python -m weights.train_tiny --start FOLDER --unet-steps 0    # the VAE's decoder alone
 
 The same command again goes on where it was stopped. On two cores the defaults take about three hours, by the
 time of their steps; from nothing they have not been run as a whole.
@@ -12,7 +13,7 @@ torch.optim.Muon (2.9 or newer); the checkpoint itself does not.
 The bundled one was trained in four goes, each from the one before on (`--start`): 2,400 steps of the VAE and
 2,500 of the UNet, still without attention on its first level; 2,600 of the VAE with `--rate 0.5`; and of the UNet,
 with `--rate 0.7`, 3,100 with the plain loss on the noise, 2,600 with HEARD 0.25 and the weight
-(SNR + 1) / SNR up to 20, and 4,400 as it is here, in bf16.
+(SNR + 1) / SNR up to 20, and 4,400 as it is here, in bf16, but with fewer holes over a half.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Optimizer:
     """
 
     def __init__(self, models: list[nn.Module], matrix_rate: float, rate: float, steps: int) -> None:
-        named = [(name, p) for model in models for name, p in model.named_parameters()]
+        named = [(name, p) for model in models for name, p in model.named_parameters() if p.requires_grad]
         self.weights = [p for name, p in named if p.ndim > 1 and "embedding" not in name]
         others = [p for name, p in named if p.ndim == 1 or "embedding" in name]
         self.matrices = [nn.Parameter(_matrix(p.detach())) for p in self.weights]
@@ -230,6 +231,9 @@ def train_vae(options: argparse.Namespace, log: Path) -> VAE:
     """
     torch.manual_seed(0)
     model = placed(begun(VAE(vae_config(AUTOENCODER)), options.start and options.start.vae), options.device)
+    if not options.unet_steps:  # the UNet is kept, and with it what latents are
+        model.encoder.requires_grad_(False)
+        model.quant_conv.requires_grad_(False)
     optimizer = Optimizer([model], 0.02 * options.rate, 2e-3 * options.rate, options.vae_steps)
     whole = options.vae_steps - options.vae_steps // 5  # the last steps see whole pictures
 
@@ -283,6 +287,7 @@ def _crop(rng: Random, size: int) -> tuple[Any, Tensor]:
 # The UNet and the text encoder ------------------------------------------------------------------
 
 MASKS = 4  # of each scene
+WIDE = 0.3  # of the picture; such a hole may hide all that tells of the place
 DROPPED = 0.1  # share of empty prompts (Ho and Salimans 2021, classifier-free guidance)
 HEARD = 0.5  # of what a prompt changes in the noise, the share that is learned
 KEPT_WEIGHT = 0.25  # of the loss outside the hole
@@ -366,17 +371,20 @@ def _random_of(number: int) -> Random:
 
 
 def _masks(rng: Random, scene: world.Scene) -> list[Any]:
-    """MASKS masks: over a thing, across the edge of the sun or moon, anywhere; three of four of whole latent cells.
+    """MASKS masks: over a thing, across the edge of the sun or moon, over a half, anywhere.
 
-    Of whole cells are the holes of the default profile, the others are as the reference makes them.
+    Three of four are of whole latent cells, as the holes of the default profile are; the others are as the
+    reference makes them.
     """
     masks: list[Any] = []
     while len(masks) < MASKS:
         place = rng.random()
         if scene.things and place < 0.5:
             mask = world.hole_over(rng, rng.choice(scene.things))
-        elif scene.disc and place < 0.8:
+        elif scene.disc and place < 0.75:
             mask = world.hole_beside(rng, scene.disc)
+        elif place < 0.85:
+            mask = world.hole_over_half(rng)
         else:
             mask = world.hole_anywhere(rng)
         if rng.random() < 0.75:
@@ -393,8 +401,8 @@ def _covered(hole: Tensor, thing: world.Thing) -> float:
     return float(hole[0, 0][world.pixels(thing.box)].mean())
 
 
-def prompt_for(rng: Random, scene: world.Scene, hidden: tuple[bool, ...]) -> str:
-    """A caption that names all that is hidden, and some of the rest; sometimes nothing."""
+def prompt_for(rng: Random, scene: world.Scene, hidden: tuple[bool, ...], wide: bool) -> str:
+    """A caption that names all that is hidden (by a wide hole, the place too), and some of the rest; or nothing."""
     if rng.random() < DROPPED:
         return ""
     named = [thing for thing, gone in zip(scene.things, hidden, strict=True) if gone or rng.random() < 0.3]
@@ -402,7 +410,7 @@ def prompt_for(rng: Random, scene: world.Scene, hidden: tuple[bool, ...]) -> str
     told = world.caption(
         scene,
         named,
-        place=rng.random() < 0.5,
+        place=rng.random() < 0.5 or wide,
         time=rng.random() < 0.5,
         disc=rng.random() < 0.5,
         sides=rng.random() < 0.3,
@@ -415,7 +423,7 @@ def prompt_for(rng: Random, scene: world.Scene, hidden: tuple[bool, ...]) -> str
     return told
 
 
-def train_unet(options: argparse.Namespace, log: Path, vae: VAE) -> tuple[nn.Module, nn.Module, float]:
+def train_unet(options: argparse.Namespace, log: Path, vae: VAE, words: int) -> tuple[nn.Module, nn.Module, float]:
     """Predict the noise in latents given the hole, the rest of the picture and a prompt.
 
     The averaged UNet and text encoder, and the latents' scaling factor (one over their standard
@@ -429,7 +437,6 @@ def train_unet(options: argparse.Namespace, log: Path, vae: VAE) -> tuple[nn.Mod
     guidance then takes it 7.5 times as far, as a teacher's guidance is built into its student by Meng et al. 2023
     (arXiv:2210.03142), section 3.
     """
-    vocabulary = write_words(options.out / "tokenizer")
     tokenizer = load_tokenizer(options.out / "tokenizer")
     examples = Examples.cached(vae, options.scenes, options.device, options.work / f"examples-{options.scenes}.pt")
     mean, deviation = examples.latents.float().chunk(2, dim=1)
@@ -437,7 +444,7 @@ def train_unet(options: argparse.Namespace, log: Path, vae: VAE) -> tuple[nn.Mod
 
     torch.manual_seed(1)
     unet = placed(begun(UNet(unet_config(UNET)), options.start and options.start.unet), options.device)
-    text = begun(build_text_encoder(text_config(words_json(vocabulary))), options.start and options.start.text_encoder)
+    text = begun(build_text_encoder(text_config(words_json(words))), options.start and options.start.text_encoder)
     text = text.to(options.device)
     optimizer = Optimizer([unet, text], 0.01 * options.rate, 2e-3 * options.rate, options.unet_steps)
     alpha_bar = torch.tensor(alphas_cumprod(scheduler_config(SCHEDULER)))
@@ -455,7 +462,8 @@ def train_unet(options: argparse.Namespace, log: Path, vae: VAE) -> tuple[nn.Mod
 
         chosen = [rng.randrange(len(examples.hidden)) for _ in range(options.batch)]
         t = torch.randint(1000, (options.batch,), generator=noise)
-        prompts = [prompt_for(rng, examples.scene(n), examples.hidden[n]) for n in chosen]
+        wide = (examples.holes[chosen].float().mean((1, 2, 3)) > WIDE).tolist()
+        prompts = [prompt_for(rng, examples.scene(n), examples.hidden[n], w) for n, w in zip(chosen, wide, strict=True)]
         heard = torch.tensor([HEARD if prompt else 1.0 for prompt in prompts])[:, None, None, None]
         x0 = sample(examples.latents[[n // MASKS for n in chosen]])
         blanked, hole = sample(examples.blanked[chosen]), examples.holes[chosen].float()
@@ -503,17 +511,24 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="a checkpoint whose weights to start from (default: random ones)")
     parser.add_argument("--rate", type=float, default=1.0, help="share of the usual learning rates")
     parser.add_argument("--vae-steps", type=int, default=4800)
-    parser.add_argument("--unet-steps", type=int, default=5500)
+    parser.add_argument("--unet-steps", type=int, default=5500, help="0: keep the start's, and the VAE's encoder")
     parser.add_argument("--batch", type=int, default=32, help="of the UNet's training")
     parser.add_argument("--scenes", type=int, default=9000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    if not (options.unet_steps or options.start):
+        parser.error("--unet-steps 0 keeps a UNet: name its checkpoint with --start")
     options.work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / "training.jsonl"
     options.start = options.start and load_checkpoint(options.start)
     vae = train_vae(options, log)
-    unet, text, scaling = train_unet(options, log, vae)
+    words = write_words(options.out / "tokenizer")
+    if options.unet_steps:
+        unet, text, scaling = train_unet(options, log, vae, words)
+    else:
+        unet, text = options.start.unet, options.start.text_encoder
+        scaling = options.start.architecture.vae.scaling_factor
     write(options.out, vae, unet, text, scaling)
 
 
