@@ -59,10 +59,8 @@ def test_prompts_name_all_that_is_hidden_or_say_nothing() -> None:
         rng = Random(seed)
         scene = world.scene(rng)
         hidden = tuple(rng.random() < 0.5 for _ in scene.things)
-        wide = rng.random() < 0.5
-        prompt = prompt_for(rng, scene, hidden, wide)
+        prompt = prompt_for(rng, scene, hidden)
         empty += prompt == ""
-        assert not wide or prompt == "" or scene.place in prompt
         for thing, gone in zip(scene.things, hidden, strict=True):
             assert not gone or prompt == "" or thing.kind in prompt
     assert 10 <= empty <= 60

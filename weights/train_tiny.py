@@ -13,7 +13,7 @@ torch.optim.Muon (2.9 or newer); the checkpoint itself does not.
 The bundled one was trained in four goes, each from the one before on (`--start`): 2,400 steps of the VAE and
 2,500 of the UNet, still without attention on its first level; 2,600 of the VAE with `--rate 0.5`; and of the UNet,
 with `--rate 0.7`, 3,100 with the plain loss on the noise, 2,600 with HEARD 0.25 and the weight
-(SNR + 1) / SNR up to 20, and 4,400 as it is here, in bf16, but with fewer holes over a half.
+(SNR + 1) / SNR up to 20, and 4,400 as it is here, in bf16.
 """
 
 from __future__ import annotations
@@ -287,7 +287,6 @@ def _crop(rng: Random, size: int) -> tuple[Any, Tensor]:
 # The UNet and the text encoder ------------------------------------------------------------------
 
 MASKS = 4  # of each scene
-WIDE = 0.3  # of the picture; such a hole may hide all that tells of the place
 DROPPED = 0.1  # share of empty prompts (Ho and Salimans 2021, classifier-free guidance)
 HEARD = 0.5  # of what a prompt changes in the noise, the share that is learned
 KEPT_WEIGHT = 0.25  # of the loss outside the hole
@@ -371,7 +370,7 @@ def _random_of(number: int) -> Random:
 
 
 def _masks(rng: Random, scene: world.Scene) -> list[Any]:
-    """MASKS masks: over a thing, across the edge of the sun or moon, over a half, anywhere.
+    """MASKS masks: over a thing, across the edge of the sun or moon, anywhere.
 
     Three of four are of whole latent cells, as the holes of the default profile are; the others are as the
     reference makes them.
@@ -381,10 +380,8 @@ def _masks(rng: Random, scene: world.Scene) -> list[Any]:
         place = rng.random()
         if scene.things and place < 0.5:
             mask = world.hole_over(rng, rng.choice(scene.things))
-        elif scene.disc and place < 0.75:
+        elif scene.disc and place < 0.8:
             mask = world.hole_beside(rng, scene.disc)
-        elif place < 0.85:
-            mask = world.hole_over_half(rng)
         else:
             mask = world.hole_anywhere(rng)
         if rng.random() < 0.75:
@@ -401,8 +398,8 @@ def _covered(hole: Tensor, thing: world.Thing) -> float:
     return float(hole[0, 0][world.pixels(thing.box)].mean())
 
 
-def prompt_for(rng: Random, scene: world.Scene, hidden: tuple[bool, ...], wide: bool) -> str:
-    """A caption that names all that is hidden (by a wide hole, the place too), and some of the rest; or nothing."""
+def prompt_for(rng: Random, scene: world.Scene, hidden: tuple[bool, ...]) -> str:
+    """A caption that names all that is hidden, and some of the rest; sometimes nothing."""
     if rng.random() < DROPPED:
         return ""
     named = [thing for thing, gone in zip(scene.things, hidden, strict=True) if gone or rng.random() < 0.3]
@@ -410,7 +407,7 @@ def prompt_for(rng: Random, scene: world.Scene, hidden: tuple[bool, ...], wide: 
     told = world.caption(
         scene,
         named,
-        place=rng.random() < 0.5 or wide,
+        place=rng.random() < 0.5,
         time=rng.random() < 0.5,
         disc=rng.random() < 0.5,
         sides=rng.random() < 0.3,
@@ -462,8 +459,7 @@ def train_unet(options: argparse.Namespace, log: Path, vae: VAE, words: int) -> 
 
         chosen = [rng.randrange(len(examples.hidden)) for _ in range(options.batch)]
         t = torch.randint(1000, (options.batch,), generator=noise)
-        wide = (examples.holes[chosen].float().mean((1, 2, 3)) > WIDE).tolist()
-        prompts = [prompt_for(rng, examples.scene(n), examples.hidden[n], w) for n, w in zip(chosen, wide, strict=True)]
+        prompts = [prompt_for(rng, examples.scene(n), examples.hidden[n]) for n in chosen]
         heard = torch.tensor([HEARD if prompt else 1.0 for prompt in prompts])[:, None, None, None]
         x0 = sample(examples.latents[[n // MASKS for n in chosen]])
         blanked, hole = sample(examples.blanked[chosen]), examples.holes[chosen].float()

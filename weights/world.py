@@ -393,16 +393,11 @@ def hole_beside(rng: Random, point: tuple[float, float], size: int = SIZE) -> Im
 def hole_anywhere(rng: Random, size: int = SIZE) -> Image.Image:
     """A mask (mode L): a half of the picture, or a box, an oval, a blob or a stroke anywhere."""
     if rng.random() < 0.2:
-        return hole_over_half(rng, size)
+        cut = rng.uniform(0.4, 0.6)
+        return _mask(rng, "box", rng.choice([(0, 0, cut, 1), (cut, 0, 1, 1), (0, 0, 1, cut), (0, cut, 1, 1)]), size)
     width, height = rng.uniform(0.15, 0.6), rng.uniform(0.15, 0.6)
     x, y = rng.uniform(0, 1), rng.uniform(0, 1)
     return _mask(rng, rng.choice(SHAPES), _around(x, y, width, height), size)
-
-
-def hole_over_half(rng: Random, size: int = SIZE) -> Image.Image:
-    """A mask (mode L) of about a half of the picture, at one of its four sides."""
-    cut = rng.uniform(0.4, 0.6)
-    return _mask(rng, "box", rng.choice([(0, 0, cut, 1), (cut, 0, 1, 1), (0, 0, 1, cut), (0, cut, 1, 1)]), size)
 
 
 def _around(x: float, y: float, width: float, height: float) -> Box:
