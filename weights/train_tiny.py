@@ -420,7 +420,7 @@ def prompt_for(rng: Random, scene: world.Scene, hidden: tuple[bool, ...]) -> str
     return told
 
 
-def train_unet(options: argparse.Namespace, log: Path, vae: VAE, words: int) -> tuple[nn.Module, nn.Module, float]:
+def train_unet(options: argparse.Namespace, log: Path, vae: VAE, vocabulary: int) -> tuple[nn.Module, nn.Module, float]:
     """Predict the noise in latents given the hole, the rest of the picture and a prompt.
 
     The averaged UNet and text encoder, and the latents' scaling factor (one over their standard
@@ -441,7 +441,7 @@ def train_unet(options: argparse.Namespace, log: Path, vae: VAE, words: int) -> 
 
     torch.manual_seed(1)
     unet = placed(begun(UNet(unet_config(UNET)), options.start and options.start.unet), options.device)
-    text = begun(build_text_encoder(text_config(words_json(words))), options.start and options.start.text_encoder)
+    text = begun(build_text_encoder(text_config(words_json(vocabulary))), options.start and options.start.text_encoder)
     text = text.to(options.device)
     optimizer = Optimizer([unet, text], 0.01 * options.rate, 2e-3 * options.rate, options.unet_steps)
     alpha_bar = torch.tensor(alphas_cumprod(scheduler_config(SCHEDULER)))
@@ -519,9 +519,9 @@ def main() -> None:
     log = options.out / "training.jsonl"
     options.start = options.start and load_checkpoint(options.start)
     vae = train_vae(options, log)
-    words = write_words(options.out / "tokenizer")
+    vocabulary = write_words(options.out / "tokenizer")
     if options.unet_steps:
-        unet, text, scaling = train_unet(options, log, vae, words)
+        unet, text, scaling = train_unet(options, log, vae, vocabulary)
     else:
         unet, text = options.start.unet, options.start.text_encoder
         scaling = options.start.architecture.vae.scaling_factor
