@@ -12,13 +12,14 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor, nn
 
 from bench.scenes import HELD_OUT, Case
 from minpaint.picture.image import to_unit
 from weights import world
 
+RATE = 3e-3  # of learning, at first
 NOTHING = len(world.KINDS)  # the classifier's last class
 WINDOW = 60  # pixels of the square the classifier looks at
 VISIBLE = 36  # levels by which a thing's pixel differs from the scenery behind it
@@ -30,8 +31,16 @@ class Judge(nn.Module):
     def __init__(self, channels: int, answers: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for width, out in ((channels, 24), (24, 48), (48, 96), (96, 128)):
-            layers += [nn.Conv2d(width, out, 3, 2, 1), nn.BatchNorm2d(out), nn.ReLU()]
+        for width, out, stride in (
+            (channels, 24, 2),
+            (24, 32, 1),
+            (32, 64, 2),
+            (64, 64, 1),
+            (64, 96, 2),
+            (96, 96, 1),
+            (96, 128, 2),
+        ):
+            layers += [nn.Conv2d(width, out, 3, stride, 1), nn.BatchNorm2d(out), nn.ReLU()]
         self.features = nn.Sequential(*layers)
         self.out = nn.Linear(2 * 128, answers)
 
@@ -47,34 +56,40 @@ class Judge(nn.Module):
 
 
 Spread = Callable[..., Iterable["Example"]]
-Example = tuple[Tensor, int]  # a picture [1, channels, y, x] and the right answer
+Example = tuple[Tensor, int]  # a picture [1, channels, y, x] in [0, 1] and the right answer
+Vary = Callable[[Tensor], Tensor]
 
 
 def train(
-    channels: int, answers: int, example: Callable[[Random], Example], steps: int, spread: Spread
-) -> tuple[Judge, float]:
-    """A judge, and the share of 1,000 examples that it has not seen which it answers rightly.
+    judge: Judge, example: Callable[[Random], Example], count: int, passes: int, spread: Spread, vary: Vary
+) -> float:
+    """Show a judge `count` examples `passes` times; the share of 1,000 others that it answers rightly.
 
     spread: maps a function over its inputs: `map`, or the same in several processes.
+    vary: makes a batch of examples look a little different, with their answers as they are.
     """
-    torch.manual_seed(0)
-    judge = Judge(channels, answers)
-    optimizer = torch.optim.AdamW(judge.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(judge.parameters(), RATE)
 
-    def batch(first: int, count: int) -> tuple[Tensor, Tensor]:
-        pixels, right = zip(*spread(example, [Random(first + n) for n in range(count)]), strict=True)
+    def make(first: int, count: int) -> tuple[Tensor, Tensor]:
+        randoms = [Random(first + n) for n in range(count)]
+        made = [((255 * pixels).round().byte(), right) for pixels, right in spread(example, randoms)]
+        pixels, right = zip(*made, strict=True)
         return torch.cat(pixels), torch.tensor(right)
 
-    for step in range(steps):
-        seen, right = batch(32 * step, 32)
+    seen, right = make(0, count)
+    batches = torch.cat([torch.randperm(count) for _ in range(passes)]).split(32)
+    judge.train()
+    for step, batch in enumerate(batches):
+        mirrored = torch.rand(len(batch), 1, 1, 1) < 0.5
+        pixels = torch.where(mirrored, seen[batch].flip(3), seen[batch]) / 255
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (1 - step / steps)
+            group["lr"] = RATE * (1 - step / len(batches))
         optimizer.zero_grad()
-        F.cross_entropy(judge(seen + 0.02 * torch.randn_like(seen)), right).backward()
+        F.cross_entropy(judge(vary(pixels) + 0.02 * torch.randn_like(pixels)), right[batch]).backward()
         optimizer.step()
     judge.eval()
-    seen, right = batch(HELD_OUT + 900_000, 1000)
-    return judge, float((torch.tensor(judge.answer([seen])) == right).float().mean())
+    seen, right = make(HELD_OUT + 900_000, 1000)
+    return float((torch.tensor(judge.answer(vary(seen / 255).split(1))) == right).float().mean())
 
 
 # What stands there --------------------------------------------------------------------------------
@@ -103,9 +118,11 @@ def _real_crop(rng: Random) -> tuple[Tensor, int]:
     return window(picture, x + rng.uniform(-0.07, 0.07), y + rng.uniform(-0.07, 0.07)), world.KINDS.index(thing.kind)
 
 
-def train_judge(steps: int = 500, spread: Spread = map) -> tuple[Judge, float]:
+def train_judge(count: int = 8000, passes: int = 2, spread: Spread = map) -> tuple[Judge, float]:
     """The judge of kinds, and its accuracy on real crops."""
-    return train(3, NOTHING + 1, _real_crop, steps, spread)
+    torch.manual_seed(0)
+    judge = Judge(3, NOTHING + 1)
+    return judge, train(judge, _real_crop, count, passes, spread, vary=lambda pixels: pixels)
 
 
 def kinds(judge: Judge, pictures: Sequence[Image.Image], cases: Sequence[Case]) -> list[str | None]:
@@ -145,13 +162,33 @@ AROUND = 96  # pixels of the square around a hole that the counter looks at
 
 
 def around_hole(picture: Image.Image, empty: Image.Image, mask: Image.Image) -> Tensor:
-    """What the counter looks at: the picture, its difference from the empty scene, and the hole, [1, 7, y, x]."""
+    """What the counter looks at: the picture, the empty scene, and the hole, [1, 7, y, x]."""
     left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)
     x, y = (
         min(max((low + high - AROUND) // 2, 0), world.SIZE - AROUND) for low, high in ((left, right), (top, bottom))
     )
-    seen, behind, hole = (to_unit(each.crop((x, y, x + AROUND, y + AROUND))) for each in (picture, empty, mask))
-    return torch.cat([seen, hole * (seen - behind), hole], dim=1)
+    return torch.cat([to_unit(each.crop((x, y, x + AROUND, y + AROUND))) for each in (picture, empty, mask)], dim=1)
+
+
+def as_painted(looked: Tensor) -> Tensor:
+    """What the counter looks at, [n, 7, y, x], less neatly: in the hole bent, softened and with some haze.
+
+    A painter's hand is not a renderer's; none of this is to be counted.
+    """
+    n, _, height, width = looked.shape
+    picture, empty, hole = looked.split((3, 3, 1), dim=1)
+
+    def smooth(channels: int, cells: int, most: float) -> Tensor:
+        """A random field that changes slowly, in each picture of another strength."""
+        field = most * torch.rand(n, 1, 1, 1) * torch.randn(n, channels, cells, cells)
+        return F.interpolate(field, (height, width), mode="bicubic")
+
+    here = F.affine_grid(torch.eye(2, 3).expand(n, 2, 3), [n, 1, height, width], align_corners=False)
+    moved = here + smooth(2, 6, 3 / width).permute(0, 2, 3, 1)  # by a few pixels; the square is two wide
+    bent = F.grid_sample(picture, moved, padding_mode="border", align_corners=False)
+    soft = F.avg_pool2d(bent, 5, 1, 2, count_include_pad=False)
+    changed = bent.lerp(soft, torch.rand(n, 1, 1, 1)) + smooth(3, 8, 0.04)
+    return torch.cat([torch.where(hole > 0.5, changed.clamp(0, 1), picture), empty, hole], dim=1)
 
 
 def made_example(rng: Random, answer: int) -> tuple[Image.Image, Image.Image, Image.Image]:
@@ -231,14 +268,14 @@ def _changed(a: Image.Image, b: Image.Image) -> float:
 
 def _counted(rng: Random) -> Example:
     answer = rng.choice((NONE, ONE, ONE, MORE, BROKEN))
-    picture, empty, mask = made_example(rng, answer)
-    softened = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8)))
-    return around_hole(softened, empty, mask), answer
+    return around_hole(*made_example(rng, answer)), answer
 
 
-def train_counter(steps: int = 600, spread: Spread = map) -> tuple[Judge, float]:
+def train_counter(count: int = 19_200, passes: int = 4, spread: Spread = map) -> tuple[Judge, float]:
     """The judge of how many things stand in a hole, and its accuracy on pictures made for it."""
-    return train(7, len(COUNTS), _counted, steps, spread)
+    torch.manual_seed(0)
+    counter = Judge(7, len(COUNTS))
+    return counter, train(counter, _counted, count, passes, spread, vary=as_painted)
 
 
 def counts(counter: Judge, pictures: Sequence[Image.Image], cases: Sequence[Case]) -> list[str]:

@@ -65,7 +65,7 @@ def word_weight(weights: Weights, position: int, area: Tensor, hole: Tensor) -> 
 @cache
 def edited() -> list[Edited]:
     """For all tests here; no fixture of theirs, which would be made before the one that keeps to a single thread."""
-    tiny, (judge, accuracy) = minpaint.load("tiny", device="cpu", dtype="fp32"), train_judge(250)
+    tiny, (judge, accuracy) = minpaint.load("tiny", device="cpu", dtype="fp32"), train_judge(2000, 4)
     assert accuracy >= 0.98
     return [edit(tiny, judge, Case(number, usual=True)) for number in range(SCENES)]
 
