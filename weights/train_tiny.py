@@ -10,10 +10,11 @@ time of their steps; from nothing they have not been run as a whole.
 The losses go to training.jsonl beside the checkpoint. Training needs a PyTorch with
 torch.optim.Muon (2.9 or newer); the checkpoint itself does not.
 
-The bundled one was trained in four goes, each from the one before on (`--start`): 2,400 steps of the VAE and
+The bundled one was trained in six goes, each from the one before on (`--start`): 2,400 steps of the VAE and
 2,500 of the UNet, still without attention on its first level; 2,600 of the VAE with `--rate 0.5`; and of the UNet,
 with `--rate 0.7`, 3,100 with the plain loss on the noise, 2,600 with HEARD 0.25 and the weight
-(SNR + 1) / SNR up to 20, and 4,400 as it is here, in bf16.
+(SNR + 1) / SNR up to 20, and 4,400 as it is here, in bf16; and, with
+`--unet-steps 0 --rate 0.5`, 1,600 and 2,400 of the VAE's decoder alone.
 """
 
 from __future__ import annotations
