@@ -162,7 +162,7 @@ AROUND = 96  # pixels of the square around a hole that the counter looks at
 
 
 def around_hole(picture: Image.Image, empty: Image.Image, mask: Image.Image) -> Tensor:
-    """What the counter looks at: the picture, the empty scene, and the hole, [1, 7, y, x]."""
+    """A square around a hole: the picture, the empty scene, and the hole, [1, 7, y, x]."""
     left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)
     x, y = (
         min(max((low + high - AROUND) // 2, 0), world.SIZE - AROUND) for low, high in ((left, right), (top, bottom))
@@ -170,13 +170,19 @@ def around_hole(picture: Image.Image, empty: Image.Image, mask: Image.Image) -> 
     return torch.cat([to_unit(each.crop((x, y, x + AROUND, y + AROUND))) for each in (picture, empty, mask)], dim=1)
 
 
-def as_painted(looked: Tensor) -> Tensor:
-    """What the counter looks at, [n, 7, y, x], less neatly: in the hole bent, softened and with some haze.
+def compare(squares: Tensor) -> Tensor:
+    """What the counter looks at: with the picture's difference from the empty scene in place of that, [n, 7, y, x]."""
+    picture, empty, hole = squares.split((3, 3, 1), dim=1)
+    return torch.cat([picture, picture - empty, hole], dim=1)
+
+
+def as_painted(squares: Tensor) -> Tensor:
+    """The same squares [n, 7, y, x] with what is in the hole bent, softened and hazed a little.
 
     A painter's hand is not a renderer's; none of this is to be counted.
     """
-    n, _, height, width = looked.shape
-    picture, empty, hole = looked.split((3, 3, 1), dim=1)
+    n, _, height, width = squares.shape
+    picture, empty, hole = squares.split((3, 3, 1), dim=1)
 
     def smooth(channels: int, cells: int, most: float) -> Tensor:
         """A random field that changes slowly, in each picture of another strength."""
@@ -275,10 +281,10 @@ def train_counter(count: int = 19_200, passes: int = 4, spread: Spread = map) ->
     """The judge of how many things stand in a hole, and its accuracy on pictures made for it."""
     torch.manual_seed(0)
     counter = Judge(7, len(COUNTS))
-    return counter, train(counter, _counted, count, passes, spread, vary=as_painted)
+    return counter, train(counter, _counted, count, passes, spread, vary=lambda squares: compare(as_painted(squares)))
 
 
 def counts(counter: Judge, pictures: Sequence[Image.Image], cases: Sequence[Case]) -> list[str]:
     """For the hole of each picture one of COUNTS."""
-    looked = [around_hole(p.convert("RGB"), c.without, c.mask) for p, c in zip(pictures, cases, strict=True)]
-    return [COUNTS[answer] for answer in counter.answer(looked)]
+    squares = [around_hole(p.convert("RGB"), c.without, c.mask) for p, c in zip(pictures, cases, strict=True)]
+    return [COUNTS[answer] for answer in counter.answer([compare(square) for square in squares])]

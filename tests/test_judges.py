@@ -65,10 +65,10 @@ def test_pictures_made_for_the_counter_differ_from_one_whole_thing_as_they_shoul
 
 def test_a_hand_less_neat_changes_the_hole_a_little_and_nothing_else() -> None:
     torch.manual_seed(0)
-    looked = torch.cat([judges.around_hole(*judges.made_example(Random(number), judges.ONE)) for number in NUMBERS])
-    picture, empty, hole = judges.as_painted(looked).split((3, 3, 1), dim=1)
-    assert torch.equal(torch.cat([empty, hole], dim=1), looked[:, 3:])
-    changed = 255 * (picture - looked[:, :3]).abs()
+    squares = torch.cat([judges.around_hole(*judges.made_example(Random(number), judges.ONE)) for number in NUMBERS])
+    picture, empty, hole = judges.as_painted(squares).split((3, 3, 1), dim=1)
+    assert torch.equal(torch.cat([empty, hole], dim=1), squares[:, 3:])
+    changed = 255 * (picture - squares[:, :3]).abs()
     inside = hole.expand_as(changed) > 0.5
     assert not changed[~inside].any()
     for each, there in zip(changed, inside, strict=True):
