@@ -243,8 +243,8 @@ def in_own_process(*arguments: str) -> str:
 
 
 def make_pool() -> ProcessPoolExecutor:
-    """A process for each core, started afresh, as threads do not survive a fork."""
-    return ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"))
+    """A process of one thread for each core, started afresh, as threads do not survive a fork."""
+    return ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), torch.set_num_threads, (1,))
 
 
 def free_unused(device: torch.device) -> None:
