@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import torch
@@ -31,15 +32,9 @@ class Judge(nn.Module):
     def __init__(self, channels: int, answers: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for width, out, stride in (
-            (channels, 24, 2),
-            (24, 32, 1),
-            (32, 64, 2),
-            (64, 64, 1),
-            (64, 96, 2),
-            (96, 96, 1),
-            (96, 128, 2),
-        ):
+        widths = (channels, 24, 32, 64, 64, 96, 96, 128)
+        for number, (width, out) in enumerate(pairwise(widths)):
+            stride = 2 - number % 2  # every other layer halves the picture, the first one too
             layers += [nn.Conv2d(width, out, 3, stride, 1), nn.BatchNorm2d(out), nn.ReLU()]
         self.features = nn.Sequential(*layers)
         self.out = nn.Linear(2 * 128, answers)
@@ -78,7 +73,6 @@ def train(
 
     seen, right = make(0, count)
     batches = torch.cat([torch.randperm(count) for _ in range(passes)]).split(32)
-    judge.train()
     for step, batch in enumerate(batches):
         mirrored = torch.rand(len(batch), 1, 1, 1) < 0.5
         pixels = torch.where(mirrored, seen[batch].flip(3), seen[batch]) / 255
@@ -171,7 +165,7 @@ def around_hole(picture: Image.Image, empty: Image.Image, mask: Image.Image) -> 
 
 
 def compare(squares: Tensor) -> Tensor:
-    """What the counter looks at: with the picture's difference from the empty scene in place of that, [n, 7, y, x]."""
+    """What the counter looks at, [n, 7, y, x]: the picture, its difference from the empty scene, and the hole."""
     picture, empty, hole = squares.split((3, 3, 1), dim=1)
     return torch.cat([picture, picture - empty, hole], dim=1)
 
@@ -190,7 +184,7 @@ def as_painted(squares: Tensor) -> Tensor:
         return F.interpolate(field, (height, width), mode="bicubic")
 
     here = F.affine_grid(torch.eye(2, 3).expand(n, 2, 3), [n, 1, height, width], align_corners=False)
-    moved = here + smooth(2, 6, 3 / width).permute(0, 2, 3, 1)  # by a few pixels; the square is two wide
+    moved = here + smooth(2, 6, 3 / width).permute(0, 2, 3, 1)  # by a few pixels; grid_sample counts a square as 2 wide
     bent = F.grid_sample(picture, moved, padding_mode="border", align_corners=False)
     soft = F.avg_pool2d(bent, 5, 1, 2, count_include_pad=False)
     changed = bent.lerp(soft, torch.rand(n, 1, 1, 1)) + smooth(3, 8, 0.04)
