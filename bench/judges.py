@@ -56,13 +56,21 @@ Vary = Callable[[Tensor], Tensor]
 
 
 def train(
-    judge: Judge, example: Callable[[Random], Example], count: int, passes: int, spread: Spread, vary: Vary
-) -> float:
-    """Show a judge `count` examples `passes` times; the share of 1,000 others that it answers rightly.
+    channels: int,
+    answers: int,
+    example: Callable[[Random], Example],
+    count: int,
+    passes: int,
+    spread: Spread,
+    vary: Vary,
+) -> tuple[Judge, float]:
+    """A judge that has seen `count` examples `passes` times, and the share of 1,000 others that it answers rightly.
 
     spread: maps a function over its inputs: `map`, or the same in several processes.
     vary: makes a batch of examples look a little different, with their answers as they are.
     """
+    torch.manual_seed(0)
+    judge = Judge(channels, answers)
     optimizer = torch.optim.AdamW(judge.parameters(), RATE)
 
     def make(first: int, count: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +91,7 @@ def train(
         optimizer.step()
     judge.eval()
     seen, right = make(HELD_OUT + 900_000, 1000)
-    return float((torch.tensor(judge.answer(vary(seen / 255).split(1))) == right).float().mean())
+    return judge, float((torch.tensor(judge.answer(vary(seen / 255).split(1))) == right).float().mean())
 
 
 # What stands there --------------------------------------------------------------------------------
@@ -114,9 +122,7 @@ def _real_crop(rng: Random) -> tuple[Tensor, int]:
 
 def train_judge(count: int = 8000, passes: int = 2, spread: Spread = map) -> tuple[Judge, float]:
     """The judge of kinds, and its accuracy on real crops."""
-    torch.manual_seed(0)
-    judge = Judge(3, NOTHING + 1)
-    return judge, train(judge, _real_crop, count, passes, spread, vary=lambda pixels: pixels)
+    return train(3, NOTHING + 1, _real_crop, count, passes, spread, vary=lambda pixels: pixels)
 
 
 def kinds(judge: Judge, pictures: Sequence[Image.Image], cases: Sequence[Case]) -> list[str | None]:
@@ -271,11 +277,9 @@ def _counted(rng: Random) -> Example:
     return around_hole(*made_example(rng, answer)), answer
 
 
-def train_counter(count: int = 19_200, passes: int = 4, spread: Spread = map) -> tuple[Judge, float]:
+def train_counter(count: int = 19_200, passes: int = 6, spread: Spread = map) -> tuple[Judge, float]:
     """The judge of how many things stand in a hole, and its accuracy on pictures made for it."""
-    torch.manual_seed(0)
-    counter = Judge(7, len(COUNTS))
-    return counter, train(counter, _counted, count, passes, spread, vary=lambda squares: compare(as_painted(squares)))
+    return train(7, len(COUNTS), _counted, count, passes, spread, vary=lambda squares: compare(as_painted(squares)))
 
 
 def counts(counter: Judge, pictures: Sequence[Image.Image], cases: Sequence[Case]) -> list[str]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import cache
 from random import Random
 
-import torch
 from PIL import Image
 
 import minpaint
@@ -48,6 +47,5 @@ class Case:
 
 @cache
 def tiny() -> Painter:
-    """The measured model in this process, on one thread, as there is a process for each core."""
-    torch.set_num_threads(1)
+    """The measured model, loaded once in a process."""
     return minpaint.load(os.environ.get(MODEL, "tiny"), device="cpu", dtype="fp32", budget="15GiB")
