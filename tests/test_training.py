@@ -66,16 +66,45 @@ def test_prompts_name_all_that_is_hidden_or_say_nothing() -> None:
     assert 10 <= empty <= 60
 
 
+def test_where_nothing_stands_most_prompts_name_the_place() -> None:
+    """What a hole over all the ground becomes is not to be seen from the rest."""
+    scenes = [world.scene(Random(seed), things=0) for seed in range(300)]
+    named = [scene.place in prompt_for(Random(seed), scene, ()) for seed, scene in enumerate(scenes)]
+    assert 0.75 < sum(named) / len(named) < 0.95
+
+
+def train_on(folder: Path, *options: str) -> Path:
+    """Train the bundled model a little further; the new checkpoint's folder."""
+    out = folder / "out"
+    call = ["train_tiny", "--start", str(TINY), "--out", str(out), "--work", str(folder / "work"), "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [*call, *options])
+        main()
+    return out
+
+
 @pytest.mark.slow
-def test_without_steps_of_the_unet_only_the_decoder_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = ["--start", str(TINY), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    monkeypatch.setattr(
-        "sys.argv", ["train_tiny", *folders, "--unet-steps", "0", "--vae-steps", "3", "--device", "cpu"]
-    )
-    main()
-    changed = set()
+def test_of_what_training_changes_in_the_unet_a_share_can_be_kept(tmp_path: Path) -> None:
+    def unet(share: str) -> dict[str, Tensor]:
+        few = ["--vae-steps", "0", "--unet-steps", "1", "--scenes", "2", "--batch", "2", "--rate", "20"]
+        out = train_on(tmp_path, *few, "--share", share)  # but for the first time it resumes when all is done
+        return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+
+    before = load_file(TINY / "unet" / "diffusion_pytorch_model.safetensors")
+    none, half, whole = (unet(share) for share in ("0", "0.5", "1"))
+    moved = 0
+    for name, old in before.items():
+        assert torch.equal(none[name], old)
+        moved += not torch.equal(whole[name], old)
+        torch.testing.assert_close(half[name].float(), (old.float() + whole[name].float()) / 2, rtol=1e-3, atol=1e-4)
+    assert moved > 0.9 * len(before)
+
+
+@pytest.mark.slow
+def test_without_steps_of_the_unet_only_the_decoder_is_trained(tmp_path: Path) -> None:
+    out, changed = train_on(tmp_path, "--unet-steps", "0", "--vae-steps", "3"), set()
     for file in TINY.glob("*/*"):
-        made = tmp_path / "out" / file.relative_to(TINY)
+        made = out / file.relative_to(TINY)
         if file.suffix != ".safetensors":
             assert made.read_bytes() == file.read_bytes()
             continue

@@ -100,6 +100,17 @@ def test_most_holes_beside_a_sun_or_moon_cut_it() -> None:
     assert sum(cut) > 0.75 * len(cut)
 
 
+def test_what_a_hole_over_the_ground_leaves_does_not_tell_meadow_from_lake() -> None:
+    for seed in range(40):
+        rng = Random(seed)
+        scene = world.scene(rng, things=0)
+        meadow, lake = (world.draw(replace(scene, place=place)) for place in world.PLACES)
+        different = ImageChops.difference(meadow, lake)
+        assert different.getbbox()
+        different.paste(0, mask=world.hole_over_ground(rng, scene))
+        assert not different.getbbox()
+
+
 def test_holes_elsewhere_come_in_all_sizes() -> None:
     shares = [float(to_unit(world.hole_anywhere(Random(seed))).mean()) for seed in range(200)]
     assert min(shares) < 0.05

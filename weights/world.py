@@ -400,6 +400,11 @@ def hole_anywhere(rng: Random, size: int = SIZE) -> Image.Image:
     return _mask(rng, rng.choice(SHAPES), _around(x, y, width, height), size)
 
 
+def hole_over_ground(rng: Random, scene: Scene, size: int = SIZE) -> Image.Image:
+    """A mask (mode L) over all below a row near the horizon, so that only the caption tells meadow from lake."""
+    return _mask(rng, "box", (0, scene.horizon + rng.uniform(-0.15, 0.03), 1, 1), size)
+
+
 def _around(x: float, y: float, width: float, height: float) -> Box:
     return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
