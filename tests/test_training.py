@@ -87,7 +87,7 @@ def train_on(folder: Path, *options: str) -> Path:
 def test_of_what_training_changes_in_the_unet_a_share_can_be_kept(tmp_path: Path) -> None:
     def unet(share: str) -> dict[str, Tensor]:
         few = ["--vae-steps", "0", "--unet-steps", "1", "--scenes", "2", "--batch", "2", "--rate", "20"]
-        out = train_on(tmp_path, *few, "--share", share)  # but for the first time it resumes when all is done
+        out = train_on(tmp_path, *few, "--share", share)  # later calls find all steps taken
         return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
 
     before = load_file(TINY / "unet" / "diffusion_pytorch_model.safetensors")

@@ -385,6 +385,7 @@ def _random_of(number: int) -> Random:
 
 
 def _scene(rng: Random) -> world.Scene:
+    """A scene to train on, a share EMPTY of them with nothing but its scenery."""
     return world.scene(rng, things=0 if rng.random() < EMPTY else None)
 
 
@@ -528,7 +529,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("tiny-training"), help="where to keep the state")
     parser.add_argument("--start", type=Path, help="a checkpoint whose weights to start from (default: random ones)")
     parser.add_argument("--rate", type=float, default=1.0, help="share of the usual learning rates")
-    parser.add_argument("--share", type=float, default=1.0, help="of what the UNet's training changes in the start's")
+    parser.add_argument("--share", type=float, default=1.0, help="to keep of what changes in the start's UNet")
     parser.add_argument("--vae-steps", type=int, default=4800)
     parser.add_argument("--unet-steps", type=int, default=5500, help="0: keep the start's, and the VAE's encoder")
     parser.add_argument("--batch", type=int, default=32, help="of the UNet's training")
