@@ -303,7 +303,7 @@ class Planner:
             taken = measure(lambda: calls.append(self._call(name, request, strategy)), self.fused).total
             cached = sum(part.nbytes for forms in calls[0].cache.values() for parts in forms.values() for part in parts)
             taken -= cached
-            if name == "denoise":
+            if name in ("denoise", "decode"):  # the sampler keeps them until all pictures are decoded
                 cells = request.area // self.architecture.vae.factor**2
                 taken += LATENTS * request.count * LATENT_CHANNELS * 4 * cells
             self.measured[key] = taken, cached
