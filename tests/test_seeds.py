@@ -74,9 +74,11 @@ def test_a_smaller_processor_paints_the_same_within_a_level(checkpoint: Folders,
 def test_every_sampler_paints_the_same_in_another_process_and_on_smaller_processors(
     checkpoint: Folders, tmp_path: Path
 ) -> None:
-    """Measured over 5 and 50 steps: 1 level in 1 to 4 numbers of a picture, in a third of them; latents to 9e-6.
+    """Measured over 5, 20 and 50 steps: a level in a few numbers of a picture; latents to 1e-5, PNDM's to 5e-5.
 
-    The latents are compared as a whole: PNDM in 5 steps makes some of 20, beside which one near 0 is not exact.
+    PNDM in 5 steps multiplies what goes into it: noise changed by 1e-7, as by one rounding, changes its latents by
+    1.4e-5. So it is held to what is promised of latents, the others to less. Latents are compared as a
+    whole: PNDM makes some of 20, beside which one near 0 is not exact.
     """
     arguments = (["tiny", str(checkpoint("small-v"))], 5, ("ddim", "pndm", "dpmpp"))
     here = paint_all(*arguments)
@@ -88,7 +90,7 @@ def test_every_sampler_paints_the_same_in_another_process_and_on_smaller_process
         assert most_levels(here, there) <= 1
         for name in here:
             if name.endswith("latents"):
-                assert relative_error(there[name], here[name]) < 2e-5
+                assert relative_error(there[name], here[name]) < (1e-4 if "pndm" in name else 2e-5), name
 
 
 @pytest.mark.slow
