@@ -158,6 +158,7 @@ def colour_of(picture: Image.Image, case: Case, kind: str) -> str | None:
 
 NONE, ONE, MORE, BROKEN = range(4)  # the counter's answers
 COUNTS = ("none", "one", "more", "broken")
+SUN = 0.07  # radius of a sun or moon with the brightest part of its halo
 AROUND = 96  # pixels of the square around a hole that the counter looks at
 
 
@@ -201,8 +202,8 @@ def made_example(rng: Random, answer: int) -> tuple[Image.Image, Image.Image, Im
     """A picture made so that this is the right answer for its hole, the empty scene, and the hole.
 
     More: a second thing of the same kind beside or half behind the first. Broken: a part of the
-    thing is missing, or a piece of a second one lies about. In the hole, hills and water may lie a
-    little differently than in the empty scene, which is not to be counted.
+    thing is missing, or a piece of a second one lies about. In the hole, hills, water, sun and moon may
+    lie differently than in the empty scene, which is not to be counted.
     """
     while True:
         scene = world.scene(rng, things=rng.choice((0, 1, 2)), misplaced=0.2)
@@ -211,7 +212,7 @@ def made_example(rng: Random, answer: int) -> tuple[Image.Image, Image.Image, Im
         if any(not world.apart(thing.box, other.box) for other in scene.things):
             continue
         mask = world.hole_over(rng, thing)
-        true, scene = world.draw(scene), _redone(rng, scene)
+        true, scene = world.draw(scene), _redone(rng, scene, mask)
         empty, whole = world.draw(scene), world.draw(replace(scene, things=(*scene.things, thing)))
         if answer == ONE:
             found = whole
@@ -229,10 +230,23 @@ def made_example(rng: Random, answer: int) -> tuple[Image.Image, Image.Image, Im
             return found, true, mask
 
 
-def _redone(rng: Random, scene: world.Scene) -> world.Scene:
-    """The same scene as a painter might go on with it: horizon and hills moved by a pixel or two."""
+def _redone(rng: Random, scene: world.Scene, mask: Image.Image) -> world.Scene:
+    """The same scene as a painter might go on with it who sees nothing of the hole.
+
+    Horizon and hills are moved by a pixel or two. A sun or moon that the hole hides, or may hide, is as it was, at
+    another place of the hole, or missing: no prompt tells of it, and it is none of the things that are counted.
+    """
     waves = tuple((a * rng.uniform(0.8, 1.2), f, phase + rng.gauss(0, 0.03)) for a, f, phase in scene.waves)
-    return replace(scene, horizon=scene.horizon + rng.gauss(0, 0.008), waves=waves)
+    hole, disc = to_unit(mask)[0, 0] > 0.5, scene.disc
+
+    def hides(disc: tuple[float, float]) -> bool:
+        x, y = disc
+        return bool(hole[world.pixels((x - SUN, y - SUN, x + SUN, y + SUN))].all())
+
+    if disc is None or hides(disc):
+        other = rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.36)
+        disc = rng.choice((disc, None, other if hides(other) else None))
+    return replace(scene, horizon=scene.horizon + rng.gauss(0, 0.008), waves=waves, disc=disc)
 
 
 def _beside(rng: Random, thing: world.Thing, mask: Image.Image) -> world.Thing:

@@ -63,6 +63,22 @@ def test_pictures_made_for_the_counter_differ_from_one_whole_thing_as_they_shoul
         assert int(differs) < 400 if answer == judges.NONE else int(differs) > 200  # hills a little moved, or a thing
 
 
+def test_a_sun_that_the_hole_hides_may_be_left_out_or_moved_and_no_other() -> None:
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for number in range(400):
+        rng = Random(number)
+        scene, mask = world.scene(rng, things=0), world.hole_anywhere(rng)
+        if scene.disc is None:
+            continue
+        hole = to_unit(mask)[0, 0] > 0.5
+        hidden, halves = bool(hole[disc_of(scene)].all()), bool(hole[disc_of(scene)].any())
+        if hidden or not halves:
+            disc = judges._redone(rng, scene, mask).disc
+            found[hidden].add("none" if disc is None else "as it was" if disc == scene.disc else "moved")
+    assert found[False] == {"as it was"}
+    assert found[True] == {"none", "as it was", "moved"}
+
+
 def test_a_hand_less_neat_changes_the_hole_a_little_and_nothing_else() -> None:
     torch.manual_seed(0)
     squares = torch.cat([judges.around_hole(*judges.made_example(Random(number), judges.ONE)) for number in NUMBERS])
