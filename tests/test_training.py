@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from weights import world
-from weights.train_tiny import TINY, Optimizer, Training, generator, main, prompt_for
+from weights.train_tiny import TINY, Examples, Optimizer, Training, generator, main, prompt_for
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="training needs torch 2.9 or newer")
 
@@ -53,6 +54,16 @@ def test_training_fits(tmp_path: Path) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+@dataclass(frozen=True)
+class Alone(Examples):
+    """Examples of a single scene."""
+
+    only: world.Scene
+
+    def scene(self, mask: int) -> world.Scene:
+        return self.only
+
+
 def test_prompts_name_all_that_is_hidden_or_say_nothing() -> None:
     empty = 0
     for seed in range(300):
@@ -64,6 +75,23 @@ def test_prompts_name_all_that_is_hidden_or_say_nothing() -> None:
         for thing, gone in zip(scene.things, hidden, strict=True):
             assert not gone or prompt == "" or thing.kind in prompt
     assert 10 <= empty <= 60
+
+
+def test_prompts_name_a_sun_or_moon_that_is_hidden() -> None:
+    """Where a caption names none, none is to be painted."""
+    rng, sky, nothing = Random(0), torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16)
+    sky[:, :, :8] = 1
+    named: dict[bool, list[bool]] = {True: [], False: []}
+    for seed in range(300):
+        scene = world.scene(rng, things=0)
+        if scene.disc is None:
+            continue
+        for hides, hole in ((True, sky), (False, nothing)):
+            prompt = Alone(hole, hole, hole, [()], scene).prompt(Random(seed), 0)
+            if prompt:
+                named[hides].append("sun" in prompt or "moon" in prompt)
+    assert all(named[True])
+    assert 0.35 < sum(named[False]) / len(named[False]) < 0.65
 
 
 def test_where_nothing_stands_most_prompts_name_the_place() -> None:

@@ -346,6 +346,14 @@ class Examples:
     def scene(self, mask: int) -> world.Scene:
         return _scene(_random_of(mask // MASKS))
 
+    def prompt(self, rng: Random, mask: int) -> str:
+        scene, disc_hidden = self.scene(mask), False
+        if scene.disc:
+            (x, y), radius = scene.disc, 0.05
+            cells = world.pixels((x - radius, y - radius, x + radius, y + radius), self.holes.shape[-1])
+            disc_hidden = float(self.holes[mask, 0][cells].float().mean()) >= 0.5
+        return prompt_for(rng, scene, self.hidden[mask], disc_hidden)
+
     @staticmethod
     def cached(vae: VAE, count: int, device: str, cache: Path) -> Examples:
         if not cache.exists():
@@ -419,8 +427,11 @@ def _covered(hole: Tensor, thing: world.Thing) -> float:
     return float(hole[0, 0][world.pixels(thing.box)].mean())
 
 
-def prompt_for(rng: Random, scene: world.Scene, hidden: tuple[bool, ...]) -> str:
-    """A caption that names all that is hidden, and some of the rest; sometimes nothing."""
+def prompt_for(rng: Random, scene: world.Scene, hidden: tuple[bool, ...], disc_hidden: bool = False) -> str:
+    """A caption that names all that is hidden, and some of the rest; sometimes nothing.
+
+    So a prompt that names no sun asks for none. If it left that open, half a sun would be painted.
+    """
     if rng.random() < DROPPED:
         return ""
     named = [thing for thing, gone in zip(scene.things, hidden, strict=True) if gone or rng.random() < 0.3]
@@ -430,7 +441,7 @@ def prompt_for(rng: Random, scene: world.Scene, hidden: tuple[bool, ...]) -> str
         named,
         place=rng.random() < (0.5 if scene.things else 0.9),
         time=rng.random() < 0.5,
-        disc=rng.random() < 0.5,
+        disc=disc_hidden or rng.random() < 0.5,
         sides=rng.random() < 0.3,
     )
     if rng.random() < 0.05:  # a word it has never met should change little
@@ -482,7 +493,7 @@ def train_unet(options: argparse.Namespace, log: Path, vae: VAE, vocabulary: int
         t = torch.randint(1000, (options.batch,), generator=noise)
         wide = examples.holes[chosen].float().mean((1, 2, 3)) > WIDE
         t = torch.where(wide, 999 - t * t // 1000, t)
-        prompts = [prompt_for(rng, examples.scene(n), examples.hidden[n]) for n in chosen]
+        prompts = [examples.prompt(rng, n) for n in chosen]
         heard = torch.tensor([HEARD if prompt else 1.0 for prompt in prompts])[:, None, None, None]
         x0 = sample(examples.latents[[n // MASKS for n in chosen]])
         blanked, hole = sample(examples.blanked[chosen]), examples.holes[chosen].float()
