@@ -230,6 +230,12 @@ def made_example(rng: Random, answer: int) -> tuple[Image.Image, Image.Image, Im
             return found, true, mask
 
 
+def hides(mask: Image.Image, disc: tuple[float, float]) -> bool:
+    """Whether a hole hides a sun or moon with this middle."""
+    x, y = disc
+    return bool((to_unit(mask)[0, 0] > 0.5)[world.pixels((x - SUN, y - SUN, x + SUN, y + SUN))].all())
+
+
 def _redone(rng: Random, scene: world.Scene, mask: Image.Image) -> world.Scene:
     """The same scene as a painter might go on with it who sees nothing of the hole.
 
@@ -237,15 +243,10 @@ def _redone(rng: Random, scene: world.Scene, mask: Image.Image) -> world.Scene:
     another place of the hole, or missing: no prompt tells of it, and it is none of the things that are counted.
     """
     waves = tuple((a * rng.uniform(0.8, 1.2), f, phase + rng.gauss(0, 0.03)) for a, f, phase in scene.waves)
-    hole, disc = to_unit(mask)[0, 0] > 0.5, scene.disc
-
-    def hides(disc: tuple[float, float]) -> bool:
-        x, y = disc
-        return bool(hole[world.pixels((x - SUN, y - SUN, x + SUN, y + SUN))].all())
-
-    if disc is None or hides(disc):
+    disc = scene.disc
+    if disc is None or hides(mask, disc):
         other = rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.36)
-        disc = rng.choice((disc, None, other if hides(other) else None))
+        disc = rng.choice((disc, None, other if hides(mask, other) else None))
     return replace(scene, horizon=scene.horizon + rng.gauss(0, 0.008), waves=waves, disc=disc)
 
 

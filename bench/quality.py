@@ -203,7 +203,10 @@ def main() -> None:
             row(f"colour asked for, {zone}", agreement(colours, colour), bound, f"{OWN}: {agreement(real, colour):.3f}")
             found, real_counts = judges.counts(counter, pictures, cases), judges.counts(counter, drawn, cases)
             told = ", ".join(f"{answer} {found.count(answer) / count:.3f}" for answer in judges.COUNTS)
-            control = f"{OWN}: {real_counts.count('one') / count:.3f}; {told}"
+            hidden = [case for case in cases if case.scene.disc and judges.hides(case.mask, case.scene.disc)]
+            sunless = judges.counts(counter, [case.sunless() for case in hidden], hidden).count("one")
+            control = f"{OWN}: {real_counts.count('one') / count:.3f}, {sunless} of {len(hidden)} without a hidden sun"
+            control += f"; {told}"
             row(f"exactly one thing, {zone}", found.count("one") / count, ">= 0.97", control)
 
         kind, colour = [case.target.kind for case in usual], [case.target.colour for case in usual]

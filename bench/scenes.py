@@ -44,6 +44,11 @@ class Case:
         thing = replace(self.target, colour=colour or self.target.colour, kind=kind or self.target.kind)
         return world.draw(replace(self.scene, things=(*self.scene.things, thing)))
 
+    def sunless(self) -> Image.Image:
+        """The scene with its thing, and in the hole without its sun or moon."""
+        drawn = world.draw(replace(self.scene, disc=None, things=(*self.scene.things, self.target)))
+        return Image.composite(drawn, self.drawn(), self.mask)
+
 
 @cache
 def tiny() -> Painter:
