@@ -10,12 +10,13 @@ defaults take about three hours, by the time of their steps; from nothing they h
 The losses go to training.jsonl beside the checkpoint. Training needs a PyTorch with
 torch.optim.Muon (2.9 or newer); the checkpoint itself does not.
 
-The bundled one was trained in seven goes, each from the one before on (`--start`): 2,400 steps of the VAE and 2,500
+The bundled one was trained in eight goes, each from the one before on (`--start`): 2,400 steps of the VAE and 2,500
 of the UNet, still without attention on its first level; 2,600 of the VAE with `--rate 0.5`; and of the UNet, with
 `--rate 0.7`, 3,100 with the plain loss on the noise, 2,600 with HEARD 0.25 and the weight (SNR + 1) / SNR up to 20,
 and 4,400 without EMPTY and WIDE, in bf16; with `--unet-steps 0 --rate 0.5`, 1,600 and 2,400 of the VAE's decoder
-alone; and with `--vae-steps 0 --rate 0.65 --scenes 7000 --share 0.75`, 1,900 of the UNet as it is here (with Muon in
-float32, on a processor without such units).
+alone; and with `--vae-steps 0 --scenes 7000`, 1,900 of the UNet with `--rate 0.65 --share 0.75`, where half of the
+captions still left a hidden sun open, and 900 with `--rate 0.45 --share 0.6` as it is here (both with Muon in float32,
+on a processor without such units).
 """
 
 from __future__ import annotations
