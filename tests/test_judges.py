@@ -71,8 +71,8 @@ def test_a_sun_that_the_hole_hides_may_be_left_out_or_moved_and_no_other() -> No
         if scene.disc is None:
             continue
         hole = to_unit(mask)[0, 0] > 0.5
-        hidden, halves = bool(hole[disc_of(scene)].all()), bool(hole[disc_of(scene)].any())
-        if hidden or not halves:
+        hidden, touched = bool(hole[disc_of(scene)].all()), bool(hole[disc_of(scene)].any())
+        if hidden or not touched:
             disc = judges._redone(rng, scene, mask).disc
             found[hidden].add("none" if disc is None else "as it was" if disc == scene.disc else "moved")
     assert found[False] == {"as it was"}
