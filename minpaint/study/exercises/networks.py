@@ -109,12 +109,12 @@ def swap_word(lab: Lab, answer: Answer) -> Result:
     before = lab.painter(lab.picture, lab.mask, first, steps=10, sampler="dpmpp")[0].image
     after = answer(lab.painter, lab.picture, lab.mask, first, second, 10)
     if not isinstance(after, Image.Image) or after.size != lab.picture.size:
-        return Result(0, 0.85, "no picture;", most=False)
+        return Result(0, 0.75, "no picture;", most=False)
     (_, green, blue), hole = to_unit(after.convert("RGB"))[0], to_unit(lab.mask)[0, 0] > 0.5
     there, was_there = (((each[0] - each[2]) > 0.35) & hole for each in (to_unit(after)[0], to_unit(before)[0]))
     if not there.any() or float((green - blue)[there].mean()) < 0.3:
-        return Result(0, 0.85, "nothing yellow;", most=False)
-    return Result(float((there & was_there).sum() / (there | was_there).sum()), 0.85, "overlap", most=False)
+        return Result(0, 0.75, "nothing yellow;", most=False)
+    return Result(float((there & was_there).sum() / (there | was_there).sum()), 0.75, "overlap", most=False)
 
 
 @exercise(AUTOENCODER)
