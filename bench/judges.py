@@ -232,8 +232,8 @@ def made_example(rng: Random, answer: int) -> tuple[Image.Image, Image.Image, Im
 
 def hides(mask: Image.Image, disc: tuple[float, float]) -> bool:
     """Whether a hole hides a sun or moon with this middle."""
-    x, y = disc
-    return bool((to_unit(mask)[0, 0] > 0.5)[world.pixels((x - SUN, y - SUN, x + SUN, y + SUN))].all())
+    hole = to_unit(mask)[0, 0] > 0.5
+    return bool(hole[world.pixels(world.around(*disc, 2 * SUN, 2 * SUN))].all())
 
 
 def _redone(rng: Random, scene: world.Scene, mask: Image.Image) -> world.Scene:

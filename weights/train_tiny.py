@@ -348,11 +348,10 @@ class Examples:
         return _scene(_random_of(mask // MASKS))
 
     def prompt(self, rng: Random, mask: int) -> str:
-        scene, disc_hidden = self.scene(mask), False
-        if scene.disc:
-            (x, y), radius = scene.disc, 0.05
-            cells = world.pixels((x - radius, y - radius, x + radius, y + radius), self.holes.shape[-1])
-            disc_hidden = float(self.holes[mask, 0][cells].float().mean()) >= 0.5
+        """A caption for a mask."""
+        scene = self.scene(mask)
+        disc = world.around(*scene.disc, 2 * world.RADIUS, 2 * world.RADIUS) if scene.disc else None
+        disc_hidden = disc is not None and _covered(self.holes[mask].float(), disc) >= 0.5
         return prompt_for(rng, scene, self.hidden[mask], disc_hidden)
 
     @staticmethod
@@ -381,7 +380,7 @@ class Examples:
                     canvas = reference_canvas(picture, mask, FACTOR)
                     masked.append(canvas.masked_pixels)
                     holes.append(canvas.cells.half())
-                    hidden.append(tuple(_covered(canvas.blanked, thing) >= 0.5 for thing in scene.things))
+                    hidden.append(tuple(_covered(canvas.blanked, thing.box) >= 0.5 for thing in scene.things))
                 whole.append(canvas.pixels)
             latents.append(encode(whole))
             blanked.append(encode(masked))
@@ -423,9 +422,10 @@ def _masks(rng: Random, scene: world.Scene) -> list[Any]:
     return masks
 
 
-def _covered(hole: Tensor, thing: world.Thing) -> float:
-    """The share of a thing's box that a hole [1, 1, y, x] hides."""
-    return float(hole[0, 0][world.pixels(thing.box)].mean())
+def _covered(hole: Tensor, box: world.Box) -> float:
+    """The share of a box that a hole [..., y, x] hides."""
+    rows, columns = world.pixels(box, hole.shape[-1])
+    return float(hole[..., rows, columns].mean())
 
 
 def prompt_for(rng: Random, scene: world.Scene, hidden: tuple[bool, ...], disc_hidden: bool = False) -> str:

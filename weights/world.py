@@ -60,6 +60,7 @@ DISC: dict[str, Colour] = {
     "dusk": (255, 204, 120),
     "night": (238, 240, 226),
 }
+RADIUS = 0.05  # of the sun or moon
 FAR_HILL, NEAR_HILL, MEADOW, WATER = (112, 140, 158), (86, 134, 96), (118, 172, 82), (76, 140, 188)
 BROWN, DARK, PANE = (110, 74, 48), (70, 52, 48), (255, 236, 150)
 
@@ -205,7 +206,7 @@ def _disc(pen: ImageDraw.ImageDraw, scene: Scene, side: int) -> None:
     (x, y), (top, low) = scene.disc, SKY[scene.time]
     sky = _mixed(top, low, y)
     for ring in range(6, -1, -1):  # a halo that fades, and the disc itself
-        radius = 0.05 + 0.012 * ring
+        radius = RADIUS + 0.012 * ring
         colour = DISC[scene.time] if ring == 0 else _mixed(sky, DISC[scene.time], 0.32 - 0.05 * ring)
         pen.ellipse([side * (x - radius), side * (y - radius), side * (x + radius), side * (y + radius)], colour)
 
@@ -379,7 +380,7 @@ def hole_over(rng: Random, thing: Thing, size: int = SIZE) -> Image.Image:
     if shape != "box":  # rounded shapes of the same width would cut the corners of the thing
         width, height = 1.2 * width, 1.2 * height
         x, y = (x + (left + right) / 2) / 2, (y + (top + bottom) / 2) / 2
-    return _mask(rng, shape, _around(x, y, width, height), size)
+    return _mask(rng, shape, around(x, y, width, height), size)
 
 
 def hole_beside(rng: Random, point: tuple[float, float], size: int = SIZE) -> Image.Image:
@@ -387,7 +388,7 @@ def hole_beside(rng: Random, point: tuple[float, float], size: int = SIZE) -> Im
     width, height, turn = rng.uniform(0.15, 0.5), rng.uniform(0.15, 0.5), 2 * math.pi * rng.random()
     x = point[0] + rng.uniform(0.7, 1.1) * width / 2 * math.cos(turn)
     y = point[1] + rng.uniform(0.7, 1.1) * height / 2 * math.sin(turn)
-    return _mask(rng, rng.choice(SHAPES), _around(x, y, width, height), size)
+    return _mask(rng, rng.choice(SHAPES), around(x, y, width, height), size)
 
 
 def hole_anywhere(rng: Random, size: int = SIZE) -> Image.Image:
@@ -397,7 +398,7 @@ def hole_anywhere(rng: Random, size: int = SIZE) -> Image.Image:
         return _mask(rng, "box", rng.choice([(0, 0, cut, 1), (cut, 0, 1, 1), (0, 0, 1, cut), (0, cut, 1, 1)]), size)
     width, height = rng.uniform(0.15, 0.6), rng.uniform(0.15, 0.6)
     x, y = rng.uniform(0, 1), rng.uniform(0, 1)
-    return _mask(rng, rng.choice(SHAPES), _around(x, y, width, height), size)
+    return _mask(rng, rng.choice(SHAPES), around(x, y, width, height), size)
 
 
 def hole_over_ground(rng: Random, scene: Scene, size: int = SIZE) -> Image.Image:
@@ -405,7 +406,8 @@ def hole_over_ground(rng: Random, scene: Scene, size: int = SIZE) -> Image.Image
     return _mask(rng, "box", (0, scene.horizon + rng.uniform(-0.15, 0.03), 1, 1), size)
 
 
-def _around(x: float, y: float, width: float, height: float) -> Box:
+def around(x: float, y: float, width: float, height: float) -> Box:
+    """The box with this middle."""
     return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
 
