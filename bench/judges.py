@@ -135,13 +135,16 @@ def colour_of(picture: Image.Image, case: Case, kind: str) -> str | None:
     """The colour of what stands in a case's hole, or None if nothing does.
 
     The mean of the pixels that differ from the empty scene, against that of the renderer's
-    things of this kind in every colour.
+    things of this kind in every colour. Whether a hidden sun or moon is there is not to be counted.
     """
-    empty, hole = to_unit(case.without)[0], to_unit(case.mask)[0, 0] > 0.5
+    hole, empty = to_unit(case.mask)[0, 0] > 0.5, [case.without]
+    if case.scene.disc and hides(case.mask, case.scene.disc):
+        empty.append(world.draw(replace(case.scene, disc=None)))
 
     def mean(image: Image.Image) -> Tensor | None:
-        pixels = to_unit(image)[0]
-        seen = ((pixels - empty).abs().amax(0) * 255 > VISIBLE) & hole
+        pixels, seen = to_unit(image)[0], hole
+        for each in empty:
+            seen = seen & ((pixels - to_unit(each)[0]).abs().amax(0) * 255 > VISIBLE)
         return pixels[:, seen].mean(1) if int(seen.sum()) >= 40 else None
 
     painted = mean(picture)

@@ -198,16 +198,19 @@ def main() -> None:
             pictures, drawn = painted(cases, [case.prompt for case in cases]), [case.drawn() for case in cases]
             kinds, real = judges.kinds(judge, pictures, cases), judges.kinds(judge, drawn, cases)
             row(f"kind asked for, {zone}", agreement(kinds, kind), bound, f"{OWN}: {agreement(real, kind):.3f}")
-            real = colours_of(drawn, cases, [*kind])
-            colours = colours_of(pictures, cases, kinds)
-            row(f"colour asked for, {zone}", agreement(colours, colour), bound, f"{OWN}: {agreement(real, colour):.3f}")
-            found, real_counts = judges.counts(counter, pictures, cases), judges.counts(counter, drawn, cases)
-            told = ", ".join(f"{answer} {found.count(answer) / count:.3f}" for answer in judges.COUNTS)
             hidden = [case for case in cases if case.scene.disc and judges.hides(case.mask, case.scene.disc)]
-            sunless = judges.counts(counter, [case.sunless() for case in hidden], hidden).count("one")
-            control = f"{OWN}: {real_counts.count('one') / count:.3f}, {sunless} of {len(hidden)} without a hidden sun"
-            control += f"; {told}"
-            row(f"exactly one thing, {zone}", found.count("one") / count, ">= 0.97", control)
+            sunless = [case.sunless() for case in hidden]
+            real = colours_of(drawn, cases, [*kind])
+            bare = zip(colours_of(sunless, hidden, [case.target.kind for case in hidden]), hidden, strict=True)
+            right = sum(found == case.target.colour for found, case in bare)
+            control = f"{OWN}: {agreement(real, colour):.3f}, {right} of {len(hidden)} without a hidden sun"
+            colours = colours_of(pictures, cases, kinds)
+            row(f"colour asked for, {zone}", agreement(colours, colour), bound, control)
+            counted, own = judges.counts(counter, pictures, cases), judges.counts(counter, drawn, cases)
+            right = judges.counts(counter, sunless, hidden).count("one")
+            control = f"{OWN}: {own.count('one') / count:.3f}, {right} of {len(hidden)} without a hidden sun; "
+            control += ", ".join(f"{answer} {counted.count(answer) / count:.3f}" for answer in judges.COUNTS)
+            row(f"exactly one thing, {zone}", counted.count("one") / count, ">= 0.97", control)
 
         kind, colour = [case.target.kind for case in usual], [case.target.colour for case in usual]
         pictures = painted(usual, [""] * count)

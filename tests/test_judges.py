@@ -11,6 +11,7 @@ from PIL import Image
 
 from bench import judges
 from bench.quality import WHOLE, continued, cut_disc, cut_hills, disc_of
+from bench.scenes import Case
 from minpaint.picture.fill import membrane
 from minpaint.picture.image import to_image, to_pixels, to_unit
 from weights import world
@@ -77,6 +78,15 @@ def test_a_sun_that_the_hole_hides_may_be_left_out_or_moved_and_no_other() -> No
             found[hidden].add("none" if disc is None else "as it was" if disc == scene.disc else "moved")
     assert found[False] == {"as it was"}
     assert found[True] == {"none", "as it was", "moved"}
+
+
+def test_the_colour_of_a_thing_is_not_that_of_a_hidden_moon_beside_it() -> None:
+    cases = [case for case in (Case(number, usual=False) for number in range(60)) if case.scene.time == "night"]
+    hidden = [case for case in cases if case.scene.disc and judges.hides(case.mask, case.scene.disc)]
+    assert len(hidden) > 3
+    for case in hidden:
+        for picture in (case.drawn(), case.sunless()):
+            assert judges.colour_of(picture, case, case.target.kind) == case.target.colour
 
 
 def test_a_hand_less_neat_changes_the_hole_a_little_and_nothing_else() -> None:
