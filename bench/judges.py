@@ -137,14 +137,14 @@ def colour_of(picture: Image.Image, case: Case, kind: str) -> str | None:
     The mean of the pixels that differ from the empty scene, against that of the renderer's
     things of this kind in every colour. Whether a hidden sun or moon is there is not to be counted.
     """
-    hole, empty = to_unit(case.mask)[0, 0] > 0.5, [case.without]
-    if case.scene.disc and hides(case.mask, case.scene.disc):
-        empty.append(world.draw(replace(case.scene, disc=None)))
+    hole, empty = to_unit(case.mask)[0, 0] > 0.5, [to_unit(case.without)[0]]
+    if hides(case.mask, case.scene.disc):
+        empty.append(to_unit(world.draw(replace(case.scene, disc=None)))[0])
 
     def mean(image: Image.Image) -> Tensor | None:
         pixels, seen = to_unit(image)[0], hole
         for each in empty:
-            seen = seen & ((pixels - to_unit(each)[0]).abs().amax(0) * 255 > VISIBLE)
+            seen = seen & ((pixels - each).abs().amax(0) * 255 > VISIBLE)
         return pixels[:, seen].mean(1) if int(seen.sum()) >= 40 else None
 
     painted = mean(picture)
@@ -233,8 +233,10 @@ def made_example(rng: Random, answer: int) -> tuple[Image.Image, Image.Image, Im
             return found, true, mask
 
 
-def hides(mask: Image.Image, disc: tuple[float, float]) -> bool:
-    """Whether a hole hides a sun or moon with this middle."""
+def hides(mask: Image.Image, disc: tuple[float, float] | None) -> bool:
+    """Whether there is a sun or moon, with this middle, and a hole hides it."""
+    if disc is None:
+        return False
     hole = to_unit(mask)[0, 0] > 0.5
     return bool(hole[world.pixels(world.around(*disc, 2 * SUN, 2 * SUN))].all())
 

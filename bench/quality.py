@@ -198,7 +198,7 @@ def main() -> None:
             pictures, drawn = painted(cases, [case.prompt for case in cases]), [case.drawn() for case in cases]
             kinds, real = judges.kinds(judge, pictures, cases), judges.kinds(judge, drawn, cases)
             row(f"kind asked for, {zone}", agreement(kinds, kind), bound, f"{OWN}: {agreement(real, kind):.3f}")
-            hidden = [case for case in cases if case.scene.disc and judges.hides(case.mask, case.scene.disc)]
+            hidden = [case for case in cases if judges.hides(case.mask, case.scene.disc)]
             sunless = [case.sunless() for case in hidden]
             real = colours_of(drawn, cases, [*kind])
             bare = zip(colours_of(sunless, hidden, [case.target.kind for case in hidden]), hidden, strict=True)

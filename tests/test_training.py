@@ -79,12 +79,14 @@ def test_prompts_name_all_that_is_hidden_or_say_nothing() -> None:
 
 def test_what_a_hole_only_cuts_mostly_goes_unnamed() -> None:
     """It is to be gone on with, though the prompt asks for something else."""
-    left, named = torch.zeros(1, 1, 16, 16), list[bool]()
+    left, whole, named = torch.zeros(1, 1, 16, 16), torch.ones(1, 1, 16, 16), list[bool]()
     left[..., :8] = 1
     for seed in range(300):
         scene = world.scene(Random(seed), things=1)
         scene = replace(scene, things=(replace(scene.things[0], x=0.5),))
         named.append(scene.things[0].kind in Alone(left, left, left, scene).prompt(Random(seed), 0))
+        hidden = Alone(whole, whole, whole, scene).prompt(Random(seed), 0)
+        assert not hidden or scene.things[0].kind in hidden
     assert 0.15 < sum(named) / len(named) < 0.4
 
 

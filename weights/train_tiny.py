@@ -16,7 +16,8 @@ of the UNet, still without attention on its first level; 2,600 of the VAE with `
 and 4,400 without EMPTY and WIDE, in bf16; with `--unet-steps 0 --rate 0.5`, 1,600 and 2,400 of the VAE's decoder
 alone; and of the UNet with `--vae-steps 0 --scenes 7000` and Muon in float32, on a processor without such units: 1,900
 with `--rate 0.65 --share 0.75`, where half of the captions still left a hidden sun open, 900 with `--rate 0.45
---share 0.6`, where they named all that is hidden by half, and 2,200 with `--rate 0.6 --share 0.6` as it is here.
+--share 0.6`, where they named all that is hidden by half, both with WIDE 0.35, and 2,200 with `--rate 0.6 --share 0.6`
+as it is here.
 """
 
 from __future__ import annotations
